@@ -1,0 +1,29 @@
+# make run [ARGS="model=lenet5 reg=group_hs"], make test, make bench: each installs what it needs into .venv first.
+PYTHON ?= python3
+VENV := .venv
+ARGS ?=
+
+.PHONY: run test bench clean
+
+run: $(VENV)/.installed
+	$(VENV)/bin/python main.py data=digits schedule=smoke $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest -m "slow or not slow"
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/python benchmarks/epoch.py
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache

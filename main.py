@@ -1,0 +1,54 @@
+"""Composes, hands over, maps errors to the exit status: `python main.py --help`."""
+
+import logging
+import os
+import sys
+from types import TracebackType
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sparsity import config
+from sparsity.errors import SparsityError
+
+USER_MISTAKE, INTERRUPTED = 2, 130
+
+config.register()
+
+
+@hydra.main(config_path="conf", config_name="config", execution_whitelist=config.TRUSTED)
+def main(composed: DictConfig) -> tuple[float, ...]:
+    """One job: a run, or a member of a sweep."""
+    from sparsity import experiment  # torch takes seconds to import, and --help and bad keys need none of it
+
+    try:
+        return experiment.run_job(composed)
+    except SparsityError as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise  # a sweep goes on with its other members
+        logging.getLogger("sparsity").error(error)
+        raise SystemExit(USER_MISTAKE) from error
+
+
+def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an error that ends the program: a user's mistake as one line, anything else in full."""
+    if issubclass(kind, SparsityError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        print(error, file=sys.stderr)
+        failures.append(error)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+failures: list[BaseException] = []
+
+if __name__ == "__main__":
+    sys.excepthook = report
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        sys.exit(USER_MISTAKE if end.code == 1 and failures else end.code)

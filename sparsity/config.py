@@ -1,0 +1,338 @@
+"""The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
+
+import functools
+import inspect
+import math
+import os
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsity.errors import ConfigError
+from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range
+
+STAGES = ("pretrain", "regularize", "prune", "finetune")
+OBJECTIVES = {"accuracy": "maximize", "compression": "maximize", "macs": "minimize", "nonzero": "minimize"}
+TRUSTED = ("sparsity.*", "torch.optim.*")  # Hydra's patterns for what a config may call
+
+Kinds = list[Literal["weight", "bias", "normalization"]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function and its own numbers, as `_target_` and the keys beside it name them."""
+
+    key: str
+    target: str
+    function: Callable[..., Any]
+    numbers: dict[str, Any]
+
+    def partial(self, **more: Any) -> Callable[..., Any]:
+        """The function with its numbers filled in."""
+        return functools.partial(self.function, **self.numbers, **more)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network, and the weights that it starts from."""
+
+    factory: Call
+    weights: str | None
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of pixels in [0, 1], one number or one a channel."""
+
+    mean: list[float]
+    std: list[Positive]
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set, and what is held out for validation."""
+
+    loader: Call
+    validation: NonNegative
+    validation_seed: Count
+    normalize: Normalization | None
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """The penalty, its coefficient, and the parameters that it is applied to."""
+
+    penalty: Call | None
+    decay: NonNegative
+    apply_to: Kinds
+    weight_decay: NonNegative
+    search: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The pruning rule, and the parameters that it is applied to."""
+
+    rule: Call
+    cut: Call | None  # the threshold that the report shows
+    apply_to: Kinds
+    scope: Literal["tensor", "network"]
+    structural: bool  # takes whole groups: a filter that goes takes its bias
+    layers: dict[str, float]
+    exclude: list[str]
+    search: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """The numbers of one training stage."""
+
+    epochs: Count
+    lr: Positive
+    shape: Literal["constant", "linear", "cosine"]
+    warmup: Annotated[float, Range(0, 1, below=True)]
+    weight_decay: NonNegative
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The numbers of the training stages."""
+
+    batch_size: PositiveCount
+    pretrain: StageSchedule
+    regularize: StageSchedule
+    finetune: StageSchedule
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the pipeline."""
+
+    model: Model
+    data: Data
+    reg: Regularizer
+    prune: Rule
+    schedule: Schedule
+    optimizer: Call
+    stages: list[Literal["pretrain", "regularize", "prune", "finetune"]]
+    seed: Annotated[int, Range(0, 2**63 - 1)]
+    device: str
+    precision: Literal["float32", "bfloat16"]
+    threads: PositiveCount | None
+    sensitivity: float
+    objectives: list[Literal["accuracy", "compression", "macs", "nonzero"]]
+    trust: list[str]
+    name: dict[str, str]  # the choice made in each group, for people
+
+
+def register() -> None:
+    """Tells Hydra which keys take any sub-key, so that `prune.layers.fc3=0.1` needs no plus sign."""
+    open_keys = OmegaConf.create({"prune": {"layers": {}}})
+    OmegaConf.set_struct(open_keys.prune.layers, False)
+    ConfigStore.instance().store(name="open_keys", node=open_keys)
+
+
+def read(config: DictConfig, *, overrides: Sequence[str], choices: Mapping[str, str | None]) -> Run:
+    """The checked run of a composed config.
+
+    overrides: the command line, which alone (with SPARSITY_TRUST) admits code from outside; choices: of each group.
+    """
+    try:
+        node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
+    name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
+    _check_trust(node.get("trust"), overrides)
+    run = _Reader((*TRUSTED, *_trusted(node.get("trust")))).read("", {**node, "name": name}, Run)
+    _check_together(run)
+    return run
+
+
+def _check_trust(trust: Any, overrides: Sequence[str]) -> None:
+    """Only the command line and the environment may admit code: a YAML that could would admit its own."""
+    if trust and not any(override.lstrip("+").startswith("trust=") for override in overrides):
+        raise ConfigError(f"trust={trust} stands in a YAML: give it on the command line or in SPARSITY_TRUST")
+
+
+def _trusted(trust: Any) -> list[str]:
+    """Hydra's patterns for the modules and functions that the user admits."""
+    named = [entry for entry in os.environ.get("SPARSITY_TRUST", "").split(",") if entry]
+    named += [str(entry) for entry in ([trust] if isinstance(trust, str) else trust or [])]
+    return [pattern for entry in named for pattern in (entry.removesuffix(".*"), f"{entry.removesuffix('.*')}.*")]
+
+
+def _check_together(run: Run) -> None:
+    """What no single key can get wrong."""
+    order = [STAGES.index(stage) for stage in run.stages]
+    if order != sorted(set(order)):
+        raise ConfigError(f"stages must be in the order {', '.join(STAGES)}, each once at most, got {run.stages}")
+    if run.model.weights is None and not {"pretrain", "regularize"} & set(run.stages):
+        raise ConfigError(
+            f"stages={run.stages} need a trained network: give model.weights=FILE, or begin with pretrain or regularize"
+        )
+    interval = sensitivity_range(run.prune.rule)
+    for key, value in {"sensitivity": run.sensitivity, **_layer_keys(run.prune.layers)}.items():
+        if value not in interval:
+            raise ConfigError(f"{key} must be a number {interval}, got {value:g}: prune={run.name.get('prune')}")
+    if len(run.objectives) != len(set(run.objectives)) or not run.objectives:
+        raise ConfigError(f"objectives must name each objective once, of {', '.join(OBJECTIVES)}; got {run.objectives}")
+
+
+def _layer_keys(layers: dict[str, float]) -> dict[str, float]:
+    return {f"prune.layers.{layer}": value for layer, value in layers.items()}
+
+
+def sensitivity_range(rule: Call) -> Range:
+    """The interval of a rule's sensitivity, as its signature annotates it; finite and ≥ 0 where it does not."""
+    parameter = inspect.signature(rule.function).parameters["sensitivity"]
+    return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
+
+
+class _Reader:
+    """Turns plain containers into annotated types; remembers which targets may be called."""
+
+    def __init__(self, trusted: Sequence[str]):
+        self.trusted = trusted
+
+    def read(self, key: str, value: Any, kind: Any) -> Any:
+        """The value as the type says, or an error that names the key."""
+        if get_origin(kind) in (Union, types.UnionType):
+            if value is None and type(None) in get_args(kind):
+                return None
+            return self.read(key, value, next(part for part in get_args(kind) if part is not type(None)))
+        if is_dataclass(kind):
+            return self._record(key, value, kind) if kind is not Call else self._call(key, value)
+        if get_origin(kind) is list:
+            return self._list(key, value, get_args(kind)[0])
+        if get_origin(kind) is dict:
+            return self._dict(key, value, get_args(kind)[1])
+        return self._scalar(key, value, kind)
+
+    def _record(self, key: str, value: Any, kind: type) -> Any:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} must be a group of keys, got {value!r}")
+        known = {field.name: field for field in fields(kind)}
+        for name in value:
+            if name not in known:
+                raise ConfigError(f"{_join(key, name)} is no setting: {key or 'the top level'} has {', '.join(known)}")
+        for name, field in known.items():
+            if name not in value and field.default is MISSING:
+                raise ConfigError(f"{_join(key, name)} is missing: add it to the YAML of {key.split('.')[0]}")
+        kinds = typing.get_type_hints(kind, include_extras=True)
+        return kind(**{name: self.read(_join(key, name), entry, kinds[name]) for name, entry in value.items()})
+
+    def _list(self, key: str, value: Any, kind: Any) -> list[Any]:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key} must be a list, got {value!r}: write {key}=[…]")
+        return [self.read(f"{key}[{index}]", entry, kind) for index, entry in enumerate(value)]
+
+    def _dict(self, key: str, value: Any, kind: Any) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} must be a group of keys, got {value!r}")
+        flat = _flatten(value)
+        return {name: self.read(_join(key, name), entry, kind) for name, entry in flat.items()}
+
+    def _scalar(self, key: str, value: Any, kind: Any) -> Any:
+        interval = next((part for part in get_args(kind) if isinstance(part, Range)), None)
+        base = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+        if get_origin(base) is list:
+            return self._list(key, value, get_args(base)[0])
+        if get_origin(base) is Literal:
+            if value not in get_args(base):
+                raise ConfigError(f"{key} must be one of {', '.join(get_args(base))}; got {value!r}")
+            return value
+        if base is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        wanted = f"{NAMES.get(base, 'a value')}{f' {interval}' if interval and str(interval) else ''}"
+        fits = base is Any or (isinstance(value, base) and isinstance(value, bool) == (base is bool))
+        is_finite = not isinstance(value, float) or math.isfinite(value)
+        if not fits or not is_finite or (interval is not None and value not in interval):
+            raise ConfigError(f"{key} must be {wanted}, got {value!r}")
+        return value
+
+    def _call(self, key: str, value: Any) -> Call:
+        if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
+            raise ConfigError(f"{key} must name a function by _target_, got {value!r}")
+        target = value["_target_"]
+        numbers = {name: entry for name, entry in value.items() if name not in ("_target_", "_partial_")}
+        function = self._locate(key, target)
+        return Call(key, target, function, self._numbers(key, target, function, numbers))
+
+    def _locate(self, key: str, target: str) -> Callable[..., Any]:
+        try:
+            return instantiate({"_target_": target, "_partial_": True}, _execution_whitelist_=self.trusted).func
+        except InstantiationException as error:
+            reason = str(error).splitlines()[0]
+            if "whitelist" not in str(error):
+                raise ConfigError(f"{key}._target_={target} cannot be used: {reason}") from error
+            package = target.split(".")[0]
+            raise ConfigError(
+                f"{key}._target_={target} is code from outside: admit it by trust=[{package}] on the command line or "
+                f"SPARSITY_TRUST={package}"
+            ) from error
+
+    def _numbers(self, key: str, target: str, function: Callable[..., Any], numbers: dict[str, Any]) -> dict[str, Any]:
+        """The numbers beside a target, checked against its signature, which is their schema."""
+        try:
+            parameters = inspect.signature(function).parameters
+        except ValueError:
+            return numbers
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            return numbers
+        for name in numbers:
+            if name not in parameters:
+                raise ConfigError(f"{_join(key, name)} is no setting: {target} takes {', '.join(parameters)}")
+        for name, parameter in parameters.items():
+            is_ours = target.startswith("sparsity.") and parameter.kind is parameter.KEYWORD_ONLY
+            if is_ours and name not in numbers and name not in GIVEN and parameter.default is parameter.empty:
+                raise ConfigError(f"{_join(key, name)} is missing: {target} needs it")
+        kinds = typing.get_type_hints(function, include_extras=True) if target.startswith("sparsity.") else {}
+        return {name: self.read(_join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
+
+
+NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+GIVEN = ("input_shape", "num_classes", "sensitivity")  # what the pipeline passes, not the YAML
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else str(name)
+
+
+def _flatten(node: dict[Any, Any]) -> dict[str, Any]:
+    """A dict of dicts as one dict of dotted keys: prune.layers.features.0=0.1 names the layer features.0."""
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            flat |= {f"{name}.{rest}": entry for rest, entry in _flatten(value).items()}
+        else:
+            flat[str(name)] = value
+    return flat
+
+
+def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
+    """A line for each setting of the command line that this run makes no use of."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    lines = []
+    for key in keys:
+        group, _, rest = key.partition(".")
+        needs = {"reg": "regularize", "prune": "prune", "sensitivity": "prune"}.get(group)
+        if group == "schedule" and rest.partition(".")[0] in STAGES:
+            needs = rest.partition(".")[0]
+        if needs and needs not in run.stages:
+            lines.append(f"{key} does nothing: stages={run.stages} has no {needs}")
+        elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
+            lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
+        elif key in ("optimizer", "schedule", "schedule.batch_size") and not set(run.stages) - {"prune"}:
+            lines.append(f"{key} does nothing: stages={run.stages} trains nothing")
+        elif key == "data.validation_seed" and not run.data.validation:
+            lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")
+    return lines

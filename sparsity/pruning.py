@@ -1,0 +1,70 @@
+"""Pruning rules: a parameter, as the view [groups, outputs, inputs, positions], and a sensitivity to a mask.
+
+A mask is boolean and of the view's shape; True keeps an entry, and an entry at the threshold stays. None branches on a
+value, so all map over members. The function of the same name with `_cut` gives the threshold that the report shows.
+"""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from sparsity.kinds import Range
+from sparsity.tensors import Tensors
+
+AtLeastZero = Annotated[Tensor, Range(0)]
+Share = Annotated[Tensor, Range(0, 1)]
+
+
+def threshold(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
+    """Keeps |w| ≥ sensitivity."""
+    return weight.abs() >= threshold_cut(weight, sensitivity=sensitivity)
+
+
+def threshold_cut(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
+    """The sensitivity itself."""
+    return sensitivity
+
+
+def std(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
+    """Keeps |w| ≥ sensitivity · std(w), each tensor by its own; Han et al., 2015."""
+    return weight.abs() >= std_cut(weight, sensitivity=sensitivity)
+
+
+def std_cut(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
+    """sensitivity · std(w), the population form (ddof 0)."""
+    return sensitivity * weight.std(correction=0)
+
+
+def percentile(weights: Tensors, *, sensitivity: Share) -> Tensors:
+    """Removes the share `sensitivity` of all weights together, the smallest first; equal ones stay together."""
+    cut = percentile_cut(weights, sensitivity=sensitivity)
+    return {name: weight.abs() >= cut for name, weight in weights.items()}
+
+
+def percentile_cut(weights: Tensors, *, sensitivity: Share) -> Tensor:
+    """The smallest magnitude that stays: number ⌊sensitivity · n⌋ of the n in rising order, ∞ where none stays."""
+    magnitudes = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
+    magnitudes = torch.cat([magnitudes, magnitudes.new_full((1,), torch.inf)])
+    # float64: a float32 product would be off by some entries of a large network
+    index = (sensitivity.double() * (magnitudes.numel() - 1) + 1e-9).long()
+    return magnitudes.gather(0, index.reshape(1)).reshape(())
+
+
+def group_threshold(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
+    """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity."""
+    return _keep_groups(weight, threshold_cut(weight, sensitivity=sensitivity))
+
+
+def group_std(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
+    """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity · std(w)."""
+    return _keep_groups(weight, std_cut(weight, sensitivity=sensitivity))
+
+
+def _keep_groups(weight: Tensor, cut: Tensor) -> Tensor:
+    """The mask of whole filters and channels, each measured by ‖group‖₂ / √entries."""
+    _, outputs, inputs, positions = weight.shape
+    filters = vector_norm(weight, dim=(2, 3), keepdim=True) / (inputs * positions) ** 0.5
+    channels = vector_norm(weight, dim=(1, 3), keepdim=True) / (outputs * positions) ** 0.5
+    return ((filters >= cut) & (channels >= cut)).expand_as(weight)

@@ -1,0 +1,243 @@
+"""Result files and plots of a run.
+
+`result.json` (format 1), every accuracy a share in [0, 1], null where its stage was left out:
+
+    format                  1
+    name                    the choice in each group: {model: lenet300, …}
+    stages, seed            of the run
+    config                  the resolved config, all of it
+    accuracy                dense, regularized, pruned: {validation, test} after the stage (dense: or as given);
+                            selected: {validation, test, epoch}, the finetuning epoch chosen on validation (0 is the
+                            pruned network); last: {validation, test} after the last epoch; best: {test, epoch}, the
+                            highest test accuracy of all finetuning epochs, which is the reference's way and looks at
+                            the test set; final: {validation, test} of the network in model.safetensors
+    selection               in words, how the network in model.safetensors was chosen
+    nonzero, total, compression   {weights, parameters}; compression is null where nothing is left
+    macs                    {dense, pruned}: multiply-accumulates of one forward pass of one image
+    structure, dense_structure    live units between layers, such as 353-45-11
+    layers                  a list, one entry a tensor: name, kind, shape, nonzero, total, density, std and threshold
+                            (as the rule saw them), live_inputs, live_outputs, macs
+    seconds                 {stage: wall seconds}, and total
+    warnings                a list of lines
+    environment             versions, device, threads, precision, platform, git commit
+"""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsity.accounting import Report, Row
+from sparsity.training import Epoch
+
+FORMAT = 1
+PACKAGES = ("torch", "torchvision", "hydra-core", "optuna", "numpy")
+LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "threshold", "live_inputs")
+LAYER_FIELDS += ("live_outputs", "macs")
+
+Histories = dict[str, list[Epoch]]  # by stage
+
+
+def accuracies(
+    measured: Mapping[str, dict[str, float | None]],
+    finetuned: list[Epoch] | None,
+    selected_epoch: int | None,
+    member: int,
+) -> dict[str, Any]:
+    """The accuracies of one member; `measured` holds dense, regularized, pruned and final where they were measured."""
+    nothing = {"validation": None, "test": None}
+    found: dict[str, Any] = {name: measured.get(name, nothing) for name in ("dense", "regularized", "pruned")}
+    found |= {"selected": {**nothing, "epoch": None}, "last": nothing, "best": {"test": None, "epoch": None}}
+    found["final"] = measured["final"]
+    if not finetuned:
+        return found
+    if selected_epoch is not None:
+        found["selected"] = {**_accuracy(finetuned[selected_epoch], member), "epoch": selected_epoch}
+    found["last"] = _accuracy(finetuned[-1], member)
+    best = max(finetuned, key=lambda row: row.test[member])  # the first of equals
+    found["best"] = {"test": best.test[member], "epoch": best.epoch}
+    return found
+
+
+def _accuracy(row: Epoch, member: int) -> dict[str, float | None]:
+    return {"validation": row.validation and row.validation[member], "test": row.test and row.test[member]}
+
+
+def describe_layers(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The rows of a report under the keys of `result.json`."""
+    return [{name: getattr(row, name) for name in LAYER_FIELDS} for row in rows]
+
+
+def describe_report(report: Report) -> dict[str, Any]:
+    """A report under the keys of `result.json`."""
+    return {
+        "nonzero": report.nonzero,
+        "total": report.total,
+        "compression": report.compression,
+        "macs": report.macs,
+        "structure": report.structure,
+        "dense_structure": report.dense_structure,
+        "layers": describe_layers(report.rows),
+    }
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a number may depend on besides the config."""
+    return {
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "git_commit": _git_commit(),
+        "command": sys.argv,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's name, as Linux or the platform gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, written whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_result(folder: Path, result: Mapping[str, Any]) -> None:
+    """`result.json` and `layers.csv`."""
+    write_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False, default=str) + "\n")
+    rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
+    write_text(folder / "layers.csv", _csv(LAYER_FIELDS, rows))
+
+
+def write_history(folder: Path, histories: Histories, member: int) -> None:
+    """`history.csv`: one row an epoch of every training stage."""
+
+    def entry(row: Epoch, name: str) -> Any:
+        value = getattr(row, name)
+        return value[member] if isinstance(value, list) else value
+
+    rows = [
+        {"stage": stage, **{name: entry(row, name) for name in Epoch._fields}}
+        for stage, history in histories.items()
+        for row in history
+    ]
+    write_text(folder / "history.csv", _csv(("stage", *Epoch._fields), rows))
+
+
+def _csv(header: Iterable[str], rows: list[dict[str, Any]]) -> str:
+    from io import StringIO
+
+    text = StringIO()
+    writer = csv.DictWriter(text, list(header), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def objectives(result: Mapping[str, Any], names: Iterable[str]) -> tuple[float, ...]:
+    """The numbers that a search looks at; accuracy is validation accuracy, counts are of weights."""
+    values = {
+        "accuracy": result["accuracy"]["final"]["validation"],
+        "compression": result["compression"]["weights"],
+        "macs": result["macs"]["pruned"],
+        "nonzero": result["nonzero"]["weights"],
+    }
+    return tuple(float("nan") if values[name] is None else float(values[name]) for name in names)
+
+
+def selection(run_stages: list[str], epoch: int | None) -> str:
+    """How the network that a run hands back was chosen, in words."""
+    if "finetune" not in run_stages:
+        return "no epoch was selected: the network is that after the last stage"
+    if epoch is None:
+        return "nothing was selected (data.validation=0): the network is that of the last finetuning epoch"
+    return f"finetuning epoch {epoch}, selected by validation accuracy"
+
+
+def title(result: Mapping[str, Any]) -> str:
+    """The run in a few words, over its pictures."""
+    name = result["name"]
+    compression = result["compression"]["weights"]
+    times = f"{compression:.1f}×" if compression else "nothing left"
+    test = result["accuracy"]["final"]["test"]
+    return (
+        f"{name.get('model')}, {name.get('data')}, reg={name.get('reg')}, prune={name.get('prune')}: "
+        f"{test:.2%} test accuracy, {times} fewer weights"
+    )
+
+
+def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
+    """The parts of the one line that says what came out."""
+    accuracy, compression = result["accuracy"], result["compression"]
+    before = next((accuracy[name]["test"] for name in ("dense", "regularized") if accuracy[name]["test"]), None)
+    after = f"{accuracy['final']['test']:.2%}"
+    selected = accuracy["selected"]["epoch"]
+    note = (
+        f" (epoch {selected} by validation; last {_percent(accuracy['last']['test'])}" if selected is not None else ""
+    )
+    note += f", best on test {_percent(accuracy['best']['test'])})" if note else ""
+    return [
+        f"test accuracy {_percent(before)} → {after}{note}",
+        f"compression {_times(compression['weights'])} of weights, {_times(compression['parameters'])} with biases",
+        f"structure {result['structure']} of {result['dense_structure']}",
+        f"MACs {result['macs']['pruned']:,} of {result['macs']['dense']:,}",
+        f"files in {folder}",
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"
+
+
+def _times(ratio: float | None) -> str:
+    return "∞" if ratio is None else f"{ratio:.1f}×"

@@ -1,0 +1,141 @@
+"""Pictures of a run: training curves, density per layer, the weights before and after regularizing."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsity.tensors import Tensors
+from sparsity.training import Epoch
+
+Histories = dict[str, list[Epoch]]  # by stage
+
+COLOURS = {"pretrain": "#4477aa", "regularize": "#ee6677", "finetune": "#228833"}
+NUM_BINS = 80
+SMALLEST = 1e-8  # magnitudes below are drawn at the left edge
+
+
+def draw_all(
+    folder: Path,
+    histories: Histories,
+    layers: list[dict[str, Any]],
+    states: dict[str, Tensors],
+    title: str,
+    member: int,
+) -> list[Path]:
+    """The pictures that the run has something for; states: the weights before and after regularizing."""
+    import logging
+
+    import matplotlib
+
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it speaks of its font cache
+    paths = [draw_density(folder / "density.png", layers, title)]
+    if any(histories.values()):
+        paths.append(draw_curves(folder / "curves.png", histories, title, member))
+    if states:
+        paths.append(draw_weights(folder / "weights.png", states, title))
+    return paths
+
+
+def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Path:
+    """Loss, penalty and accuracy over the epochs of all stages in one plot."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 7), layout="constrained")
+    axes = figure.subplots(3, 1, sharex=True)
+    offset = 0
+    for stage, history in histories.items():
+        rows = [row for row in history if row.epoch > 0]
+        epochs = [offset + row.epoch for row in rows]
+        marker = "." if len(rows) < 60 else None
+        for axis, name in zip(axes, ("loss", "penalty")):
+            axis.plot(
+                epochs, [getattr(row, name)[member] for row in rows], color=COLOURS[stage], marker=marker, label=stage
+            )
+        _draw_accuracy(axes[2], [row for row in history if row.validation or row.test], offset, stage, marker, member)
+        offset += len(rows)
+        for axis in axes:
+            axis.axvline(offset + 0.5, color="0.85", linewidth=0.8)
+    for axis, name in zip(axes, ("cross-entropy", "penalty", "error")):
+        axis.set_ylabel(name)
+        axis.grid(axis="y", color="0.92")
+        positive = any(value > 0 for line in axis.lines[:-1] for value in line.get_ydata())
+        axis.set_yscale("log" if positive else "linear")
+    axes[2].yaxis.set_major_formatter(_percent)
+    axes[2].yaxis.set_minor_formatter(_percent)
+    axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[2].set_xlabel("epoch, over all stages")
+    axes[0].legend(frameon=False, ncols=3)
+    if axes[2].get_legend_handles_labels()[1]:
+        axes[2].legend(frameon=False, ncols=3)
+    figure.suptitle(title)
+    return _save(figure, path)
+
+
+def _draw_accuracy(axis: Any, rows: list[Any], offset: int, stage: str, marker: str | None, member: int) -> None:
+    for name, style in (("validation", "-"), ("test", ":")):
+        found = [(offset + row.epoch, 1 - getattr(row, name)[member]) for row in rows if getattr(row, name)]
+        if found:
+            axis.plot(*zip(*found), style, color=COLOURS[stage], marker=marker, label=f"{stage}, {name}")
+
+
+def _percent(value: float, position: int | None = None) -> str:
+    return f"{value:.3g} %" if value >= 1 else f"{100 * value:.3g} %"
+
+
+def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:
+    """The share of non-zeros of every weight, and of all weights together."""
+    from matplotlib.figure import Figure
+
+    weights = [layer for layer in layers if layer["kind"] == "weight"]
+    nonzero, total = (sum(layer[key] for layer in weights) for key in ("nonzero", "total"))
+    names = [layer["name"].removesuffix(".weight") for layer in weights] + ["all weights"]
+    shares = [layer["density"] for layer in weights] + [nonzero / total]
+    counts = [layer["nonzero"] for layer in weights] + [nonzero]
+    figure = Figure(figsize=(8, max(2.5, 0.6 + 0.32 * len(names))), layout="constrained")
+    axis = figure.subplots()
+    colours = ["#4477aa"] * len(weights) + ["#bbbbbb"]
+    axis.barh(names, [max(share, 0) for share in shares], color=colours)
+    low = min((share for share in shares if share > 0), default=0.1)
+    axis.set_xscale("log")
+    axis.set_xlim(low / 3, 4)
+    axis.xaxis.set_major_formatter(_percent)
+    for row, (share, count) in enumerate(zip(shares, counts)):
+        axis.text(max(share, low / 3) * 1.05, row, f"{share:.2%} ({count:,})", va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("non-zero share of the weights (log scale)")
+    axis.set_title(title, fontsize=10)
+    return _save(figure, path)
+
+
+def draw_weights(path: Path, states: dict[str, Tensors], title: str) -> Path:
+    """The distribution of weight magnitudes, each layer's before and after regularizing."""
+    from matplotlib.figure import Figure
+
+    names = [name for name, tensor in next(iter(states.values())).items() if tensor.ndim > 1][:12]
+    columns = min(2, len(names))
+    num_rows = -(-len(names) // columns)
+    figure = Figure(figsize=(4.5 * columns, 0.6 + 2.4 * num_rows), layout="constrained")
+    grid = figure.subplots(num_rows, columns, squeeze=False).flatten()
+    for axis, name in zip(grid, names):
+        for (label, state), colour in zip(states.items(), ("#4477aa", "#ee6677")):
+            exponents = state[name].abs().float().clamp_min(SMALLEST).log10().flatten()
+            counts = torch.histc(exponents, NUM_BINS, min=-8, max=1)
+            edges = torch.logspace(-8, 1, NUM_BINS + 1)
+            axis.stairs(counts.tolist(), edges.tolist(), color=colour, fill=True, alpha=0.55, label=label)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(name.removesuffix(".weight"), fontsize=9)
+    for axis in grid[len(names) :]:
+        axis.set_visible(False)
+    grid[0].legend(frameon=False, fontsize=8)
+    figure.supxlabel("|weight|", fontsize=9)
+    figure.supylabel("number of weights", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=130)
+    return path

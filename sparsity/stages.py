@@ -1,0 +1,154 @@
+"""The stages: pretrain → regularize → prune → finetune. Each maps a population to a population."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsity.data import Splits
+from sparsity.population import Population, over_members
+from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
+from sparsity.training import Loop, Penalty, Trained, Watcher, train
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A pruning rule and what it is applied to; what may differ between members is a tensor [members]."""
+
+    mask: Callable[..., Any]  # (weight view, sensitivity=) → mask, or of the whole dict where `whole`
+    cut: Callable[..., Any] | None  # the same arguments → the threshold
+    whole: bool
+    structural: bool
+    pools: list[tuple[list[str], Tensor]]  # names of parameters that are pruned together, and their sensitivity
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What the stages of one population are made of."""
+
+    splits: Splits
+    loops: dict[str, Loop]
+    penalty: Penalty | None
+    rule: Rule
+    seeds: list[int]
+    watcher: Callable[[str], Watcher]
+
+
+class Pruned(NamedTuple):
+    """What pruning gives back: the population, and by parameter what the rule saw, one entry a member."""
+
+    population: Population
+    stds: dict[str, list[float]]
+    thresholds: dict[str, list[float]]
+
+
+def pretrain(population: Population, parts: Ingredients) -> Trained:
+    """Dense training."""
+    return _train("pretrain", population, parts)
+
+
+def regularize(population: Population, parts: Ingredients) -> Trained:
+    """Training with decay · penalty added to the loss; nothing is pruned yet."""
+    return _train("regularize", population, parts, penalty=parts.penalty)
+
+
+def prune(population: Population, parts: Ingredients) -> Pruned:
+    """The rule's masks, and zeros where they are 0."""
+    masks = _masks(population, parts.rule)
+    parameters = {
+        name: torch.where(masks[name], parameter, 0) if name in masks else parameter
+        for name, parameter in population.parameters.items()
+    }
+    return Pruned(
+        replace(population, parameters=parameters, masks=masks),
+        {name: _stds(parameter) for name, parameter in population.parameters.items()},
+        _thresholds(population, parts.rule),
+    )
+
+
+def finetune(population: Population, parts: Ingredients) -> Trained:
+    """Training in which every zero weight and bias stays zero; the epoch is selected on validation."""
+    masks = {
+        name: parameter != 0
+        for name, parameter in population.parameters.items()
+        if population.layouts[name].kind != "normalization" and not parameter.all()
+    }
+    return _train("finetune", replace(population, masks=masks), parts, select=True)
+
+
+def _train(stage: str, population: Population, parts: Ingredients, **more: Any) -> Trained:
+    generators = [torch.Generator().manual_seed(derived_seed(seed, stage)) for seed in parts.seeds]
+    return train(population, parts.splits, parts.loops[stage], generators, watcher=parts.watcher(stage), **more)
+
+
+def derived_seed(seed: int, purpose: str) -> int:
+    """A seed for one purpose of a member, unlike those of its other purposes and of other seeds."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+def total_penalty(function: Callable[..., Tensor], layouts: dict[str, Layout], names: list[str]) -> Callable[..., Any]:
+    """Σ function(view) over the named parameters of one member, as a function of them and of the method's numbers."""
+
+    def penalty(parameters: Tensors, **numbers: Tensor) -> Tensor:
+        values = [function(to_view(parameters[name], layouts[name]), **numbers) for name in names]
+        return torch.stack(values).sum()
+
+    return penalty
+
+
+def _masks(population: Population, rule: Rule) -> Tensors:
+    """The mask of every parameter that the rule is applied to: bool [members, *shape]."""
+    layouts = population.layouts
+    masks: Tensors = {}
+    for pool, views in _applied(rule.mask, population, rule):
+        for name in pool:
+            shape = tuple(population.parameters[name].shape[1:])
+            masks[name] = torch.stack([from_view(view, layouts[name], shape) for view in views[name]])
+    if rule.structural:
+        masks |= _bias_masks(population, masks)
+    return masks
+
+
+def _bias_masks(population: Population, masks: Tensors) -> Tensors:
+    """The masks of the biases beside masked weights: a filter that goes takes its bias."""
+    found = {}
+    for name, mask in masks.items():
+        bias = bias_of(name)
+        if population.layouts[name].kind == "weight" and bias in population.parameters and bias != name:
+            views = [to_view(member, population.layouts[name]) for member in mask]
+            found[bias] = torch.stack([view.any(3).any(2).flatten() for view in views])
+    return found
+
+
+def _applied(function: Callable[..., Any], population: Population, rule: Rule) -> list[tuple[list[str], Any]]:
+    """A function of views and sensitivity applied to each pool of parameters of every member."""
+    layouts = population.layouts
+
+    def one(parameters: Tensors, sensitivity: Tensor) -> Any:
+        views = {name: to_view(parameter, layouts[name]) for name, parameter in parameters.items()}
+        if rule.whole:
+            return function(views, sensitivity=sensitivity)
+        return {name: function(view, sensitivity=sensitivity) for name, view in views.items()}
+
+    mapped = over_members(one, population.num_members, (0, 0))
+    return [
+        (pool, mapped({name: population.parameters[name] for name in pool}, sensitivity))
+        for pool, sensitivity in rule.pools
+    ]
+
+
+def _thresholds(population: Population, rule: Rule) -> dict[str, list[float]]:
+    if rule.cut is None:
+        return {}
+    return {
+        name: (cuts[name] if isinstance(cuts, dict) else cuts).tolist()
+        for pool, cuts in _applied(rule.cut, population, rule)
+        for name in pool
+    }
+
+
+def _stds(parameter: Tensor) -> list[float]:
+    return parameter.double().flatten(1).std(1, correction=0).tolist()

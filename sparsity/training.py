@@ -1,0 +1,296 @@
+"""The one training loop, and evaluation: a population in, a population and its history out; names no method."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sparsity.data import Files, Images, Splits
+from sparsity.population import Population, choose, over_members
+from sparsity.tensors import Tensors
+
+EVALUATION_BATCH = 500  # images: large enough to fill the cores, small enough to stay in their caches
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The numbers of one training stage, the same for all members."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: Callable[[float], float]  # progress in [0, 1] to the learning rate
+    optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
+    precision: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """decay · penalty, to be added to the loss; what may differ between members is a tensor [members]."""
+
+    function: Callable[..., Tensor]  # one member's parameters, and its numbers by keyword, to a scalar
+    decay: Tensor
+    numbers: Tensors
+
+
+class Epoch(NamedTuple):
+    """What one epoch came to; each list has one entry a member."""
+
+    epoch: int  # 1 is the first, 0 the state before it
+    loss: list[float] | None  # mean cross-entropy over the epoch's batches, nats
+    penalty: list[float] | None  # mean penalty over them, without the decay
+    validation: list[float] | None  # accuracy after the epoch, in [0, 1]
+    test: list[float] | None
+    lr: float | None  # at the epoch's end
+    seconds: float
+
+
+class Watcher:
+    """Is told of every batch and epoch; this one does nothing."""
+
+    def batch(self) -> None:
+        """One more batch is done."""
+
+    def epoch(self, row: Epoch) -> None:
+        """One more epoch is done."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives back."""
+
+    last: Population  # after the last epoch; of a diverged member the last good state
+    selected: Population  # at the selected epochs; the same as `last` where nothing was selected
+    selected_epoch: list[int] | None
+    diverged: list[int | None]  # the epoch in which a member's loss or weights became NaN or infinite
+    history: list[Epoch]
+
+
+def train(
+    population: Population,
+    splits: Splits,
+    loop: Loop,
+    generators: list[torch.Generator],
+    *,
+    penalty: Penalty | None = None,
+    select: bool = False,
+    watcher: Watcher = Watcher(),
+) -> Trained:
+    """Every member trained by cross-entropy + decay · penalty; entries whose mask is 0 stay as they are.
+
+    generators: one a member, for the order of its images. select: measure test accuracy after every epoch too, and
+    keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
+    among them. Training ends early when every member has diverged.
+    """
+    population = _trainable(population)
+    optimizer = loop.optimizer(list(population.parameters.values()))
+    step = _step(population, splits, loop, penalty, optimizer)
+    memory = _Memory(population, select and splits.validation is not None)
+    if select:
+        memory.add(_measure(0, population, splits, loop, time.perf_counter(), test=True), population, watcher)
+    # a module that draws random numbers does so from the member's own state
+    with torch.random.fork_rng(devices=_cuda_devices(population)):
+        torch.manual_seed(generators[0].initial_seed())
+        for epoch in range(1, loop.epochs + 1):
+            start = time.perf_counter()
+            sums = _run_epoch(epoch, population, splits, loop, generators, optimizer, step, watcher)
+            row = _measure(epoch, population, splits, loop, start, test=select, sums=sums, lr=_lr(optimizer))
+            memory.add(row, population, watcher)
+            if memory.all_diverged:
+                break
+    return memory.trained()
+
+
+def _trainable(population: Population) -> Population:
+    """A copy whose parameters are leaves that record gradients."""
+    population = population.clone()
+    for parameter in population.parameters.values():
+        parameter.requires_grad_()
+    return population
+
+
+def _run_epoch(
+    epoch: int,
+    population: Population,
+    splits: Splits,
+    loop: Loop,
+    generators: list[torch.Generator],
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[Images], Tensor],
+    watcher: Watcher,
+) -> Tensor:
+    """One pass over train, every member in an order of its own; the mean loss and penalty [2, members]."""
+    population.module.train()
+    order = torch.stack([torch.randperm(len(splits.train), generator=generator) for generator in generators])
+    sums = torch.zeros(2, population.num_members, device=_device(population))
+    num_batches = -(-len(splits.train) // loop.batch_size)
+    for index, batch in enumerate(splits.train.batches(order, loop.batch_size)):
+        for group in optimizer.param_groups:
+            group["lr"] = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)
+        sums += step(batch) * batch.labels.shape[1]
+        watcher.batch()
+    return sums / len(splits.train)
+
+
+def _step(
+    population: Population, splits: Splits, loop: Loop, penalty: Penalty | None, optimizer: torch.optim.Optimizer
+) -> Callable[[Images], Tensor]:
+    """The function that takes one optimizer step on a batch and returns losses and penalties [2, members]."""
+    module, device = population.module, _device(population)
+    objective = over_members(_member_objective(module, loop, penalty, device), population.num_members, (0,) * 5)
+    numbers = {} if penalty is None else penalty.numbers
+    masks = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
+    masked = [population.parameters[name] for name in masks]
+    arrange = _arrangement(population)
+
+    def step(batch: Images) -> Tensor:
+        images = arrange(splits.scale(batch.images))
+        losses, penalties = objective(population.parameters, population.buffers, numbers, images, batch.labels)
+        total = losses if penalty is None else losses + penalty.decay * penalties
+        optimizer.zero_grad()
+        total.sum().backward()  # no member's gradient depends on another's loss
+        if masked:
+            torch._foreach_mul_([parameter.grad for parameter in masked], list(masks.values()))
+        optimizer.step()
+        return torch.stack([losses.detach(), penalties.detach()])
+
+    return step
+
+
+def _member_objective(
+    module: nn.Module, loop: Loop, penalty: Penalty | None, device: torch.device
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """One member's cross-entropy and penalty, as a function of all that may differ between members."""
+
+    def objective(
+        parameters: Tensors, buffers: Tensors, numbers: Tensors, images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        outputs = _outputs(module, parameters, buffers, images, loop.precision)
+        loss = F.cross_entropy(outputs.float(), labels)
+        value = penalty.function(parameters, **numbers) if penalty else torch.zeros_like(loss)
+        return loss, value
+
+    return objective
+
+
+def _outputs(
+    module: nn.Module, parameters: Tensors, buffers: Tensors, images: Tensor, precision: torch.dtype
+) -> Tensor:
+    """One member's outputs [batch, classes]; below float32, only the forward pass is in that precision."""
+    with torch.autocast(images.device.type, dtype=precision, enabled=precision is not torch.float32):
+        return functional_call(module, (parameters, buffers), (images,))
+
+
+def evaluate(population: Population, data: Images | Files, splits: Splits, precision: torch.dtype) -> list[float]:
+    """The accuracy of every member on a set, in [0, 1]; all members see the same images."""
+    module = population.module.eval()
+
+    def correct(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+        return (_outputs(module, parameters, buffers, images, precision).argmax(1) == labels).sum()
+
+    counted = over_members(correct, population.num_members, (0, 0, None, None))
+    arrange = _arrangement(population)
+    total = torch.zeros(population.num_members, dtype=torch.long, device=_device(population))
+    with torch.no_grad():
+        for batch in data.batches(torch.arange(len(data)).unsqueeze(0), EVALUATION_BATCH):
+            images = arrange(splits.scale(batch.images)).squeeze(0)
+            total += counted(population.parameters, population.buffers, images, batch.labels.squeeze(0))
+    return (total.double() / len(data)).tolist()
+
+
+def _measure(
+    epoch: int,
+    population: Population,
+    splits: Splits,
+    loop: Loop,
+    start: float,
+    *,
+    test: bool,
+    sums: Tensor | None = None,
+    lr: float | None = None,
+) -> Epoch:
+    """The row of one epoch; `seconds` counts its training and its evaluation."""
+    loss, penalty = (None, None) if sums is None else sums.tolist()
+    validation = None
+    if splits.validation is not None:
+        validation = evaluate(population, splits.validation, splits, loop.precision)
+    tested = evaluate(population, splits.test, splits, loop.precision) if test else None
+    return Epoch(epoch, loss, penalty, validation, tested, lr, time.perf_counter() - start)
+
+
+class _Memory:
+    """Remembers the last good and the best state of every member, and the history."""
+
+    def __init__(self, population: Population, select: bool):
+        self.last = self.selected = population.clone()
+        self.select = select
+        self.best = torch.full((population.num_members,), -1.0)
+        self.selected_epoch = [0] * population.num_members
+        self.diverged: list[int | None] = [None] * population.num_members
+        self.history: list[Epoch] = []
+
+    @property
+    def all_diverged(self) -> bool:
+        """Whether no member is left."""
+        return None not in self.diverged
+
+    def add(self, row: Epoch, population: Population, watcher: Watcher) -> None:
+        """Takes note of an epoch and of the state after it."""
+        self._note_divergence(row, population)
+        alive = torch.tensor([epoch is None for epoch in self.diverged])
+        self.last = choose(alive.to(_device(population)), population.clone(), self.last)
+        self._note_best(row, alive)
+        self.history.append(row)
+        watcher.epoch(row)
+
+    def _note_divergence(self, row: Epoch, population: Population) -> None:
+        finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in population.parameters.values()]).all(0)
+        if row.loss is not None:
+            finite = finite.cpu() & torch.tensor([row.loss, row.penalty]).isfinite().all(0)
+        for member, is_finite in enumerate(finite.tolist()):
+            if not is_finite and self.diverged[member] is None:
+                self.diverged[member] = row.epoch
+
+    def _note_best(self, row: Epoch, alive: Tensor) -> None:
+        if not self.select:
+            return
+        validation = torch.tensor(row.validation)
+        better = alive & (validation > self.best)
+        self.best = torch.where(better, validation, self.best)
+        self.selected = choose(better.to(_device(self.last)), self.last, self.selected)
+        for member in better.nonzero().flatten().tolist():
+            self.selected_epoch[member] = row.epoch
+
+    def trained(self) -> Trained:
+        """The outcome."""
+        selected, epochs = (self.selected, self.selected_epoch) if self.select else (self.last, None)
+        return Trained(self.last, selected, epochs, self.diverged, self.history)
+
+
+def _arrangement(population: Population) -> Callable[[Tensor], Tensor]:
+    """How images lie in memory: channels last, which is faster, where one member's 2-d convolutions take them."""
+    convolves = any(isinstance(part, nn.Conv2d) for part in population.module.modules())
+    if population.num_members > 1 or not convolves:
+        return lambda images: images
+
+    def channels_last(images: Tensor) -> Tensor:
+        return images.squeeze(0).contiguous(memory_format=torch.channels_last).unsqueeze(0)
+
+    return channels_last
+
+
+def _device(population: Population) -> torch.device:
+    return next(iter(population.parameters.values())).device
+
+
+def _cuda_devices(population: Population) -> list[torch.device]:
+    device = _device(population)
+    return [device] if device.type == "cuda" else []
+
+
+def _lr(optimizer: torch.optim.Optimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
