@@ -8,13 +8,15 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsity.errors import ConfigError
 from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range
@@ -129,6 +131,7 @@ class Run:
     precision: Literal["float32", "bfloat16"]
     threads: PositiveCount | None
     sensitivity: float
+    plots: bool
     objectives: list[Literal["accuracy", "compression", "macs", "nonzero"]]
     trust: list[str]
     name: dict[str, str]  # the choice made in each group, for people
@@ -138,7 +141,23 @@ def register() -> None:
     """Tells Hydra which keys take any sub-key, so that `prune.layers.fc3=0.1` needs no plus sign."""
     open_keys = OmegaConf.create({"prune": {"layers": {}}})
     OmegaConf.set_struct(open_keys.prune.layers, False)
-    ConfigStore.instance().store(name="open_keys", node=open_keys)
+    ConfigStore.instance().store(name="open_keys", node=open_keys, replace=True)
+
+
+def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
+    """The config that a command line composes, and Hydra's own part of it."""
+    register()
+    with hydra.initialize_config_dir(config_dir=str(_config_dir())):
+        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    with open_dict(composed):
+        own = composed.pop("hydra")
+    return composed, own
+
+
+def _config_dir() -> Path:
+    """The folder of YAMLs: beside the package in a checkout, inside it when installed from a wheel."""
+    inside = Path(__file__).parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
 def read(config: DictConfig, *, overrides: Sequence[str], choices: Mapping[str, str | None]) -> Run:
@@ -148,6 +167,8 @@ def read(config: DictConfig, *, overrides: Sequence[str], choices: Mapping[str, 
     """
     try:
         node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value: give it one on the command line") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
     name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
@@ -174,10 +195,16 @@ def _check_together(run: Run) -> None:
     """What no single key can get wrong."""
     order = [STAGES.index(stage) for stage in run.stages]
     if order != sorted(set(order)):
-        raise ConfigError(f"stages must be in the order {', '.join(STAGES)}, each once at most, got {run.stages}")
+        raise ConfigError(
+            f"stages must be in the order {', '.join(STAGES)}, each once at most, got {_shown(run.stages)}"
+        )
     if run.model.weights is None and not {"pretrain", "regularize"} & set(run.stages):
         raise ConfigError(
-            f"stages={run.stages} need a trained network: give model.weights=FILE, or begin with pretrain or regularize"
+            f"stages={_shown(run.stages)} needs a trained network: give model.weights=FILE, or begin with pretrain"
+        )
+    if run.data.validation >= 1 and run.data.validation != int(run.data.validation):
+        raise ConfigError(
+            f"data.validation must be a share below 1 or a whole number of images, got {run.data.validation}"
         )
     interval = sensitivity_range(run.prune.rule)
     for key, value in {"sensitivity": run.sensitivity, **_layer_keys(run.prune.layers)}.items():
@@ -250,13 +277,14 @@ class _Reader:
             if value not in get_args(base):
                 raise ConfigError(f"{key} must be one of {', '.join(get_args(base))}; got {value!r}")
             return value
+        given = value
         if base is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         wanted = f"{NAMES.get(base, 'a value')}{f' {interval}' if interval and str(interval) else ''}"
         fits = base is Any or (isinstance(value, base) and isinstance(value, bool) == (base is bool))
         is_finite = not isinstance(value, float) or math.isfinite(value)
         if not fits or not is_finite or (interval is not None and value not in interval):
-            raise ConfigError(f"{key} must be {wanted}, got {value!r}")
+            raise ConfigError(f"{key} must be {wanted}, got {given!r}")
         return value
 
     def _call(self, key: str, value: Any) -> Call:
@@ -272,9 +300,9 @@ class _Reader:
             return instantiate({"_target_": target, "_partial_": True}, _execution_whitelist_=self.trusted).func
         except InstantiationException as error:
             reason = str(error).splitlines()[0]
-            if "whitelist" not in str(error):
-                raise ConfigError(f"{key}._target_={target} cannot be used: {reason}") from error
             package = target.split(".")[0]
+            if "whitelist" not in str(error) or package == "sparsity":
+                raise ConfigError(f"{key}._target_={target} cannot be used: {reason}") from error
             raise ConfigError(
                 f"{key}._target_={target} is code from outside: admit it by trust=[{package}] on the command line or "
                 f"SPARSITY_TRUST={package}"
@@ -297,6 +325,11 @@ class _Reader:
                 raise ConfigError(f"{_join(key, name)} is missing: {target} needs it")
         kinds = typing.get_type_hints(function, include_extras=True) if target.startswith("sparsity.") else {}
         return {name: self.read(_join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
+
+
+def _shown(names: list[str]) -> str:
+    """A list as it is typed on the command line."""
+    return f"[{','.join(names)}]"
 
 
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
@@ -328,11 +361,11 @@ def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
         if group == "schedule" and rest.partition(".")[0] in STAGES:
             needs = rest.partition(".")[0]
         if needs and needs not in run.stages:
-            lines.append(f"{key} does nothing: stages={run.stages} has no {needs}")
+            lines.append(f"{key} does nothing: stages={_shown(run.stages)} has no {needs}")
         elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
         elif key in ("optimizer", "schedule", "schedule.batch_size") and not set(run.stages) - {"prune"}:
-            lines.append(f"{key} does nothing: stages={run.stages} trains nothing")
+            lines.append(f"{key} does nothing: stages={_shown(run.stages)} trains nothing")
         elif key == "data.validation_seed" and not run.data.validation:
             lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")
     return lines

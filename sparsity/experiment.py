@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from sparsity import config as schema
@@ -28,7 +27,7 @@ from sparsity.population import Population, stack
 from sparsity.results import plots
 from sparsity.schedules import learning_rate
 from sparsity.stages import Ingredients, Pruned, derived_seed
-from sparsity.tensors import Layout, Tensors
+from sparsity.tensors import Layout
 from sparsity.training import Loop, Penalty, Trained, evaluate
 from sparsity.weights import fill, read_state, write_state
 
@@ -43,15 +42,8 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises a SparsityError for a mistake of the user's. Sweeps (`-m`) are for the command line.
     """
-    schema.register()
-    with initialize_config_dir(config_dir=str(_config_dir()), version_base=None):
-        composed = compose("config", overrides=list(overrides), return_hydra_config=True)
-    hydra = composed.hydra
-    folder = Path(hydra.run.dir).absolute()
-    choices, line = hydra.runtime.choices, list(hydra.overrides.task)
-    with open_dict(composed):
-        del composed["hydra"]
-    return _run_one(composed, folder, line, choices)
+    composed, hydra = schema.compose(overrides)
+    return _run_one(composed, Path(hydra.run.dir).absolute(), list(hydra.overrides.task), hydra.runtime.choices)
 
 
 def run_job(composed: DictConfig) -> tuple[float, ...]:
@@ -75,12 +67,6 @@ def _run_one(composed: DictConfig, folder: Path, overrides: Sequence[str], choic
     if isinstance(outcome, SparsityError):
         raise outcome
     return outcome
-
-
-def _config_dir() -> Path:
-    """The folder of YAMLs: beside the package in a checkout, inside it when installed from a wheel."""
-    inside = Path(__file__).parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
 @dataclass(frozen=True)
@@ -296,7 +282,7 @@ class _Progress:
         self.histories: dict[str, list[Any]] = {}
         self.selected_epoch: list[int] | None = None
         self.pruned: Pruned | None = None
-        self.states: dict[str, Tensors] = {}  # of the first member, before and after regularizing
+        self.states: dict[str, Population] = {}  # before and after regularizing
         self.errors: list[SparsityError | None] = [None] * len(jobs)
         self.warnings: list[list[str]] = [self._common_warnings() for _ in jobs]
         if self.run.model.weights is not None:
@@ -325,7 +311,7 @@ class _Progress:
         if stage in MEASURED:
             self.measured[MEASURED[stage]] = self._measure()
         if stage == "regularize":
-            self.states = {"before": before.state(0), "after": self.population.state(0)}
+            self.states = {"before regularizing": before, "after regularizing": self.population}
         self._keep(stage)
         if stage in ("prune", "finetune") and len(self.jobs) == 1:
             console.show_report(f"after {stage}", self._report(0))
@@ -430,8 +416,9 @@ class _Progress:
         write_state(job.folder / "model.safetensors", self.population.state(member), self._description(job.run, last))
         results.write_result(job.folder, result)
         results.write_history(job.folder, self.histories, member)
-        states = self.states if member == 0 else {}
-        plots.draw_all(job.folder, self.histories, result["layers"], states, results.title(result), member)
+        if job.run.plots:
+            states = {name: population.state(member) for name, population in self.states.items()}
+            plots.draw_all(job.folder, self.histories, result["layers"], states, results.title(result), member)
         if len(self.jobs) == 1:
             if not self.run.stages:
                 console.show_report("as given", report)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Annotated
 
 import torch
@@ -76,7 +77,8 @@ def torchvision(
 
     names = models.list_models(module=models)
     if name not in names:
-        raise ConfigError(f"model.factory.name must be one of torchvision's {', '.join(names)}; got '{name}'")
+        close = ", ".join(get_close_matches(name, names)) or ", ".join(names[:3])
+        raise ConfigError(f"model.factory.name={name} is no classification network of torchvision's: try {close}, …")
     sizes = {"image_size": input_shape[-1]} if name.startswith("vit_") else {}
     heads = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     if heads:

@@ -44,11 +44,10 @@ def percentile(weights: Tensors, *, sensitivity: Share) -> Tensors:
 
 
 def percentile_cut(weights: Tensors, *, sensitivity: Share) -> Tensor:
-    """The smallest magnitude that stays: number ⌊sensitivity · n⌋ of the n in rising order, ∞ where none stays."""
+    """The smallest magnitude that stays: number round(sensitivity · n) of n in rising order from 0; ∞ if none does."""
     magnitudes = torch.cat([weight.abs().flatten() for weight in weights.values()]).sort().values
     magnitudes = torch.cat([magnitudes, magnitudes.new_full((1,), torch.inf)])
-    # float64: a float32 product would be off by some entries of a large network
-    index = (sensitivity.double() * (magnitudes.numel() - 1) + 1e-9).long()
+    index = (sensitivity.double() * (magnitudes.numel() - 1)).round().long()
     return magnitudes.gather(0, index.reshape(1)).reshape(())
 
 

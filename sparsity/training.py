@@ -43,6 +43,7 @@ class Epoch(NamedTuple):
     epoch: int  # 1 is the first, 0 the state before it
     loss: list[float] | None  # mean cross-entropy over the epoch's batches, nats
     penalty: list[float] | None  # mean penalty over them, without the decay
+    objective: list[float] | None  # mean of what was minimised: loss + decay · penalty
     validation: list[float] | None  # accuracy after the epoch, in [0, 1]
     test: list[float] | None
     lr: float | None  # at the epoch's end
@@ -123,10 +124,10 @@ def _run_epoch(
     step: Callable[[Images], Tensor],
     watcher: Watcher,
 ) -> Tensor:
-    """One pass over train, every member in an order of its own; the mean loss and penalty [2, members]."""
+    """One pass over train, every member in an order of its own; mean loss, penalty and objective [3, members]."""
     population.module.train()
     order = torch.stack([torch.randperm(len(splits.train), generator=generator) for generator in generators])
-    sums = torch.zeros(2, population.num_members, device=_device(population))
+    sums = torch.zeros(3, population.num_members, device=_device(population))
     num_batches = -(-len(splits.train) // loop.batch_size)
     for index, batch in enumerate(splits.train.batches(order, loop.batch_size)):
         for group in optimizer.param_groups:
@@ -139,7 +140,7 @@ def _run_epoch(
 def _step(
     population: Population, splits: Splits, loop: Loop, penalty: Penalty | None, optimizer: torch.optim.Optimizer
 ) -> Callable[[Images], Tensor]:
-    """The function that takes one optimizer step on a batch and returns losses and penalties [2, members]."""
+    """The function that takes one optimizer step on a batch and returns [3, members], as `_run_epoch`."""
     module, device = population.module, _device(population)
     objective = over_members(_member_objective(module, loop, penalty, device), population.num_members, (0,) * 5)
     numbers = {} if penalty is None else penalty.numbers
@@ -156,7 +157,7 @@ def _step(
         if masked:
             torch._foreach_mul_([parameter.grad for parameter in masked], list(masks.values()))
         optimizer.step()
-        return torch.stack([losses.detach(), penalties.detach()])
+        return torch.stack([losses, penalties, total]).detach()
 
     return step
 
@@ -214,12 +215,12 @@ def _measure(
     lr: float | None = None,
 ) -> Epoch:
     """The row of one epoch; `seconds` counts its training and its evaluation."""
-    loss, penalty = (None, None) if sums is None else sums.tolist()
+    loss, penalty, objective = (None, None, None) if sums is None else sums.tolist()
     validation = None
     if splits.validation is not None:
         validation = evaluate(population, splits.validation, splits, loop.precision)
     tested = evaluate(population, splits.test, splits, loop.precision) if test else None
-    return Epoch(epoch, loss, penalty, validation, tested, lr, time.perf_counter() - start)
+    return Epoch(epoch, loss, penalty, objective, validation, tested, lr, time.perf_counter() - start)
 
 
 class _Memory:
@@ -249,8 +250,8 @@ class _Memory:
 
     def _note_divergence(self, row: Epoch, population: Population) -> None:
         finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in population.parameters.values()]).all(0)
-        if row.loss is not None:
-            finite = finite.cpu() & torch.tensor([row.loss, row.penalty]).isfinite().all(0)
+        if row.objective is not None:
+            finite = finite.cpu() & torch.tensor(row.objective).isfinite()
         for member, is_finite in enumerate(finite.tolist()):
             if not is_finite and self.diverged[member] is None:
                 self.diverged[member] = row.epoch

@@ -28,7 +28,7 @@ def read_state(path: str | Path, key: str = "model.weights") -> Tensors:
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{key}={path} is no file: give a safetensors file or a state_dict saved by torch.save")
-    state = _read_safetensors(path) if _is_safetensors(path) else _read_torch(path, key)
+    state = _read_safetensors(path, key) if _is_safetensors(path) else _read_torch(path, key)
     state = state if state is not None else {}
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
@@ -47,11 +47,11 @@ def _is_safetensors(path: Path) -> bool:
     return head[8:9] == b"{" or path.suffix == ".safetensors"
 
 
-def _read_safetensors(path: Path) -> Tensors:
+def _read_safetensors(path: Path, key: str) -> Tensors:
     try:
         return safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path} is damaged or cut short ({error}): take another copy") from error
+        raise WeightsError(f"{key}={path} is damaged or cut short ({error}): take another copy") from error
 
 
 def _read_torch(path: Path, key: str) -> Any:
@@ -65,8 +65,7 @@ def _read_torch(path: Path, key: str) -> Any:
             ) from error
         raise WeightsError(f"{key}={path} is damaged or no weights file: take another copy") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise WeightsError(f"{key}={path} is damaged or cut short ({reason}): take another copy") from error
+        raise WeightsError(f"{key}={path} is damaged or cut short: take another copy") from error
 
 
 def fill(module: nn.Module, state: Tensors, source: str | Path, key: str = "model.weights") -> nn.Module:

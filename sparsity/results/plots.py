@@ -1,5 +1,6 @@
 """Pictures of a run: training curves, density per layer, the weights before and after regularizing."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,6 @@ def draw_all(
     member: int,
 ) -> list[Path]:
     """The pictures that the run has something for; states: the weights before and after regularizing."""
-    import logging
-
-    import matplotlib
-
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it speaks of its font cache
     paths = [draw_density(folder / "density.png", layers, title)]
     if any(histories.values()):
@@ -57,11 +54,11 @@ def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Pa
         offset += len(rows)
         for axis in axes:
             axis.axvline(offset + 0.5, color="0.85", linewidth=0.8)
+    has_penalty = any(row.penalty and row.penalty[member] > 0 for history in histories.values() for row in history)
     for axis, name in zip(axes, ("cross-entropy", "penalty", "error")):
         axis.set_ylabel(name)
         axis.grid(axis="y", color="0.92")
-        positive = any(value > 0 for line in axis.lines[:-1] for value in line.get_ydata())
-        axis.set_yscale("log" if positive else "linear")
+        axis.set_yscale("log" if name != "penalty" or has_penalty else "linear")
     axes[2].yaxis.set_major_formatter(_percent)
     axes[2].yaxis.set_minor_formatter(_percent)
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))

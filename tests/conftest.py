@@ -1,0 +1,61 @@
+"""What the tests share: the YAMLs that they find, layers of every kind, and a run on small data."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.plugins import Plugins
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+Plugins.instance()
+torch.set_num_threads(1)  # the networks are tiny, and tests may run beside each other
+
+
+def choices(group: str) -> list[str]:
+    """The YAMLs of a group, which is how a new method comes under the tests."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def layers() -> dict[str, nn.Module]:
+    """One module of every layer kind that a weight comes in."""
+    return {
+        "linear": nn.Linear(6, 4),
+        "conv1d": nn.Conv1d(3, 4, 3),
+        "conv2d": nn.Conv2d(3, 4, (2, 3)),
+        "conv3d": nn.Conv3d(2, 3, 2),
+        "grouped": nn.Conv2d(6, 4, 3, groups=2),
+        "depthwise": nn.Conv2d(4, 8, 3, groups=4),
+        "transposed": nn.ConvTranspose2d(3, 4, 2),
+        "transposed_grouped": nn.ConvTranspose1d(6, 4, 3, groups=2),
+    }
+
+
+@pytest.fixture
+def mnist_root() -> str:
+    """The folder with real MNIST; tests that need it skip where SPARSITY_DATA does not name one."""
+    root = os.environ.get("SPARSITY_DATA")
+    if not root or not (Path(root) / "MNIST").is_dir():
+        pytest.skip("needs real MNIST: SPARSITY_DATA names no folder that holds it")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the pipeline on digits with the smoke schedule, in a folder of its own; overrides come last."""
+    monkeypatch.chdir(tmp_path)
+    counter = iter(range(1000))
+
+    def run(*overrides: str) -> dict:
+        import sparsity
+
+        given = {override.partition("=")[0] for override in overrides}
+        defaults = {"data": "digits", "schedule": "smoke", "hydra.run.dir": str(tmp_path / f"run{next(counter)}")}
+        added = [f"{key}={value}" for key, value in defaults.items() if key not in given]
+        return sparsity.run([*added, *overrides])
+
+    return run

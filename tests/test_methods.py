@@ -1,0 +1,234 @@
+"""One behaviour suite for every regularizer and every rule that `conf/` holds: a new one is tested without edits."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import choices, layers
+from omegaconf import OmegaConf
+
+from sparsity import config
+from sparsity.tensors import from_view, layouts, to_view
+
+KINDS = list(layers())
+REGULARIZERS = [name for name in choices("reg") if OmegaConf.load(f"conf/reg/{name}.yaml").penalty is not None]
+RULES = choices("prune")
+
+
+def regularizer(name):
+    node = OmegaConf.to_container(OmegaConf.load(f"conf/reg/{name}.yaml").penalty)
+    return config._Reader(config.TRUSTED).read("reg.penalty", node, config.Call).partial()
+
+
+def rule(name):
+    node = OmegaConf.load(f"conf/prune/{name}.yaml")
+    values = OmegaConf.to_container(node.prune)
+    return node.sensitivity, config._Reader(config.TRUSTED).read("prune", values, config.Rule)
+
+
+def weight_of(kind, seed=0):
+    module = layers()[kind]
+    parameter = torch.randn(module.weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return parameter, layouts(module)["weight"]
+
+
+def group_norms(parameter, layout):
+    """Norms of all filters and of all channels, each written as an index loop over the parameter itself."""
+    groups, transposed = layout.groups, layout.transposed
+    num_first, per_group = parameter.shape[0], parameter.shape[1]
+    filters, channels = {}, {}
+    for first in range(num_first):
+        group = first // (num_first // groups)
+        for second in range(per_group):
+            entry = parameter[first, second].pow(2).sum()
+            output, input_ = (group * per_group + second, first) if transposed else (first, group * per_group + second)
+            filters[output] = filters.get(output, 0) + entry
+            channels[input_] = channels.get(input_, 0) + entry
+    return torch.stack(list(filters.values())).sqrt(), torch.stack(list(channels.values())).sqrt()
+
+
+def formula(name, parameter, layout):
+    """The formulas again, as plainly as they can be written; None for a regularizer that has none here."""
+    size, square = parameter.abs(), parameter.pow(2).sum()
+    if name.startswith("group"):
+        filters, channels = group_norms(parameter, layout)
+        if name == "group_lasso":
+            return filters.sum() + channels.sum()
+        return (filters.sum() ** 2 + channels.sum() ** 2) / square
+    return {
+        "l1": lambda: size.sum(),
+        "hoyer": lambda: size.sum() / square.sqrt(),
+        "hs": lambda: size.sum() ** 2 / square,
+        "transformed_l1": lambda: (2 * size / (1 + size)).sum(),
+    }.get(name, lambda: None)()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", REGULARIZERS)
+class TestRegularizers:
+    def test_value_and_gradient_are_the_formula(self, name, kind):
+        parameter, layout = weight_of(kind)
+        one, other = parameter.clone().requires_grad_(), parameter.clone().requires_grad_()
+        value, expected = regularizer(name)(to_view(one, layout)), formula(name, other, layout)
+        assert value.shape == ()
+        if expected is None:
+            pytest.skip("no formula of its own here; the gradient is checked below")
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
+
+    def test_gradient_is_that_of_finite_differences(self, name, kind):
+        parameter, layout = weight_of(kind)
+        torch.autograd.gradcheck(lambda w: regularizer(name)(to_view(w, layout)), parameter.requires_grad_())
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_zero_tensor_gives_zero_and_no_gradient(self, name, kind, dtype):
+        parameter, layout = weight_of(kind)
+        parameter = torch.zeros_like(parameter, dtype=dtype).requires_grad_()
+        value = regularizer(name)(to_view(parameter, layout))
+        value.backward()
+        assert value.item() == 0
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+    def test_zero_groups_give_finite_gradients(self, name, kind):
+        parameter, layout = weight_of(kind)
+        view = to_view(parameter, layout).clone()
+        view[:, 0], view[:, :, 0] = 0, 0
+        parameter = from_view(view, layout, parameter.shape).requires_grad_()
+        value = regularizer(name)(to_view(parameter, layout))
+        value.backward()
+        assert value.isfinite() and value >= 0
+        assert parameter.grad.isfinite().all()
+
+    def test_maps_over_members(self, name, kind):
+        members = torch.stack([weight_of(kind, seed)[0] for seed in range(3)])
+        members[1] = 0
+        layout, function = weight_of(kind)[1], regularizer(name)
+        mapped = torch.func.vmap(lambda w: function(to_view(w, layout)))(members)
+        alone = torch.stack([function(to_view(member, layout)) for member in members])
+        torch.testing.assert_close(mapped, alone)
+
+    def test_sign_does_not_matter_and_the_argument_stays(self, name, kind):
+        parameter, layout = weight_of(kind)
+        before = parameter.clone()
+        value = regularizer(name)(to_view(parameter, layout))
+        torch.testing.assert_close(value, regularizer(name)(to_view(-parameter, layout)))
+        assert torch.equal(parameter, before)
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_regularizer_takes_a_vector(name):
+    vector = torch.tensor([0.5, 0.0, -2.0], requires_grad=True)
+    layout = layouts(torch.nn.Linear(2, 3))["bias"]
+    value = regularizer(name)(to_view(vector, layout))
+    value.backward()
+    assert value > 0 and vector.grad.isfinite().all()
+
+
+def masks_of(chosen, views, sensitivity):
+    """The masks of a dict of views, whatever the rule's scope."""
+    function = chosen.rule.partial()
+    if chosen.scope == "network":
+        return function(views, sensitivity=sensitivity)
+    return {name: function(view, sensitivity=sensitivity) for name, view in views.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", RULES)
+class TestRules:
+    def sensitivities(self, chosen):
+        high = config.sensitivity_range(chosen.rule).high or 3.0
+        return torch.linspace(0, high, 9, dtype=torch.float64)
+
+    def views(self, kind, seed=0):
+        parameter, layout = weight_of(kind, seed)
+        small, _ = weight_of("linear", seed + 100)
+        return {"a": to_view(parameter, layout), "b": to_view(small, layouts(layers()["linear"])["weight"]) / 3}
+
+    def test_masks_are_boolean_and_of_the_shape(self, name, kind):
+        sensitivity, chosen = rule(name)
+        views = self.views(kind)
+        for key, mask in masks_of(chosen, views, torch.tensor(sensitivity)).items():
+            assert mask.dtype is torch.bool and mask.shape == views[key].shape
+
+    def test_zero_keeps_all_and_more_sensitivity_keeps_less(self, name, kind):
+        _, chosen = rule(name)
+        views = self.views(kind)
+        kept = [masks_of(chosen, views, sensitivity) for sensitivity in self.sensitivities(chosen)]
+        assert all(mask.all() for mask in kept[0].values())
+        for more, less in pairwise(kept):
+            assert all((less[key] <= more[key]).all() for key in views)
+        assert sum(int(mask.sum()) for mask in kept[-1].values()) < sum(view.numel() for view in views.values()) / 4
+
+    def test_zero_tensors_are_finite(self, name, kind):
+        sensitivity, chosen = rule(name)
+        views = {key: torch.zeros_like(view) for key, view in self.views(kind).items()}
+        assert all(mask.dtype is torch.bool for mask in masks_of(chosen, views, torch.tensor(sensitivity)).values())
+        assert all(mask.all() for mask in masks_of(chosen, views, torch.tensor(0.0)).values())
+
+    def test_maps_over_members_with_their_own_sensitivities(self, name, kind):
+        _, chosen = rule(name)
+        members = [self.views(kind, seed) for seed in range(3)]
+        stacked = {key: torch.stack([views[key] for views in members]) for key in members[0]}
+        sensitivities = self.sensitivities(chosen)[[1, 3, 5]]
+        mapped = torch.func.vmap(lambda views, s: masks_of(chosen, views, s))(stacked, sensitivities)
+        for member, (views, sensitivity) in enumerate(zip(members, sensitivities)):
+            for key, mask in masks_of(chosen, views, sensitivity).items():
+                assert torch.equal(mapped[key][member], mask)
+
+    def test_structural_rules_take_whole_groups(self, name, kind):
+        _, chosen = rule(name)
+        if not chosen.structural:
+            pytest.skip("takes single entries")
+        for sensitivity in self.sensitivities(chosen):
+            mask = masks_of(chosen, self.views(kind), sensitivity)["a"]
+            filters, channels = mask.any(3).any(2), mask.any(3).any(1)
+            assert torch.equal(mask, (filters[:, :, None, None] & channels[:, None, :, None]).expand_as(mask))
+
+    def test_the_cut_is_where_the_mask_changes(self, name, kind):
+        _, chosen = rule(name)
+        if chosen.structural or chosen.cut is None:
+            pytest.skip("its threshold is not of single entries")
+        views = self.views(kind)
+        for sensitivity in self.sensitivities(chosen):
+            masks = masks_of(chosen, views, sensitivity)
+            cut = chosen.cut.partial()
+            whole = cut(views, sensitivity=sensitivity) if chosen.scope == "network" else None
+            for key, view in views.items():
+                value = whole if whole is not None else cut(view, sensitivity=sensitivity)
+                assert torch.equal(masks[key], view.abs() >= value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0])
+def test_percentile_removes_its_share_of_all_weights(share):
+    from sparsity.pruning import percentile
+
+    views = {name: torch.randn(1, size, 10, 1) for name, size in (("a", 37), ("b", 63))}
+    kept = sum(int(mask.sum()) for mask in percentile(views, sensitivity=torch.tensor(share)).values())
+    assert kept == 1000 - round(share * 1000)
+
+
+def test_group_rules_measure_by_the_root_mean_square():
+    from sparsity.pruning import group_threshold
+
+    weight = torch.tensor([[3.0, 0.0, 0.0], [0.1, 0.1, 0.1]])
+    layout = layouts(torch.nn.Linear(3, 2))["weight"]
+    # rows: 3/√3 = 1.73, 0.1; columns: √(9.01/2) = 2.12, 0.071, 0.071
+    mask = from_view(group_threshold(to_view(weight, layout), sensitivity=torch.tensor(0.09)), layout, (2, 3))
+    assert mask.tolist() == [[True, False, False], [True, False, False]]
+    mask = from_view(group_threshold(to_view(weight, layout), sensitivity=torch.tensor(0.2)), layout, (2, 3))
+    assert mask.tolist() == [[True, False, False], [False, False, False]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_come_back(kind):
+    parameter, layout = weight_of(kind)
+    view = to_view(parameter, layout)
+    assert torch.equal(from_view(view, layout, parameter.shape), parameter)
+    module = layers()[kind]
+    inputs, outputs = view.shape[0] * view.shape[2], view.shape[0] * view.shape[1]
+    assert (inputs, outputs) == (
+        getattr(module, "in_channels", None) or module.in_features,
+        getattr(module, "out_channels", None) or module.out_features,
+    )

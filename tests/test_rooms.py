@@ -1,0 +1,69 @@
+"""The architecture: who imports whom, and who knows Hydra."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+LEVELS = [
+    {"errors", "kinds", "tensors"},
+    {"models", "data", "regularizers", "pruning", "schedules", "graph"},
+    {"population", "weights"},
+    {"training", "accounting"},
+    {"stages", "config", "results", "console"},
+    {"experiment"},
+]
+KNOW_HYDRA = {"config", "experiment"}
+ROOMS = sorted(
+    path.stem for path in (ROOT / "sparsity").glob("*") if path.suffix == ".py" or (path / "__init__.py").exists()
+)
+ROOMS.remove("__init__")
+
+
+def imports_of(room):
+    """The modules that a room's files import, anywhere in them."""
+    folder = ROOT / "sparsity" / room
+    for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            elif isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+
+
+def level_of(room):
+    return next(level for level, rooms in enumerate(LEVELS) if room in rooms)
+
+
+def test_every_room_has_a_level():
+    assert set(ROOMS) == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_down(room):
+    for module in imports_of(room):
+        parts = module.split(".")
+        if parts[0] == "sparsity" and parts[1] in ROOMS and parts[1] != room:
+            assert level_of(parts[1]) < level_of(room), f"{room} imports {module}"
+
+
+@pytest.mark.parametrize("room", sorted(set(ROOMS) - KNOW_HYDRA))
+def test_configuration_stops_at_the_door(room):
+    known = {module.split(".")[0] for module in imports_of(room)}
+    assert not known & {"hydra", "omegaconf", "optuna"}
+
+
+def test_help_and_composition_need_no_torch():
+    code = "import sys, main; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_public_names():
+    import sparsity
+
+    for name in sparsity.__all__:
+        assert callable(getattr(sparsity, name))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        sparsity.nothing  # noqa: B018
