@@ -95,8 +95,8 @@ def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:
     colours = ["#4477aa"] * len(weights) + ["#bbbbbb"]
     axis.barh(names, [max(share, 0) for share in shares], color=colours)
     low = min((share for share in shares if share > 0), default=0.1)
-    axis.set_xscale("log")
     axis.set_xlim(low / 3, 4)
+    axis.set_xscale("log")
     axis.xaxis.set_major_formatter(_percent)
     for row, (share, count) in enumerate(zip(shares, counts)):
         axis.text(max(share, low / 3) * 1.05, row, f"{share:.2%} ({count:,})", va="center", fontsize=8)

@@ -1,0 +1,126 @@
+"""What is left: MACs and structure against the closed formulas, branches, groups; and the traced graph."""
+
+import pytest
+import sample_networks
+import torch
+
+from sparsity import models
+from sparsity.accounting import account
+from sparsity.graph import trace
+from sparsity.tensors import layouts
+
+
+def report_of(module, parameters, shape):
+    return account(parameters, layouts(module), trace(module, torch.zeros(2, *shape)))
+
+
+def thinned(module, seed, share=0.02):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: parameter.detach() * (torch.rand(parameter.shape, generator=generator) < share * (1 + parameter.ndim % 2))
+        for name, parameter in module.named_parameters()
+    }
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lenet300_is_the_formula(seed):
+    module = models.lenet300(input_shape=(1, 28, 28), num_classes=10)
+    parameters = thinned(module, seed, share=0.01)
+    live_in = {n: (p != 0).any(0).sum().item() for n, p in parameters.items() if p.ndim > 1}
+    live_out = {n: (p != 0).any(1).sum().item() for n, p in parameters.items() if p.ndim > 1}
+    a = live_in["fc1.weight"]
+    b = min(live_out["fc1.weight"], live_in["fc2.weight"])
+    c = min(live_out["fc2.weight"], live_in["fc3.weight"])
+    report = report_of(module, parameters, (1, 28, 28))
+    assert report.macs == {"dense": 266200, "pruned": a * b + b * c + live_out["fc3.weight"] * c}
+    assert report.structure == f"{a}-{b}-{c}" and report.dense_structure == "784-300-100"
+    assert report.total == {"weights": 266200, "parameters": 266610}
+    assert report.nonzero["parameters"] == sum(int(p.count_nonzero()) for p in parameters.values())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lenet5_is_the_formula(seed):
+    module = models.lenet5(input_shape=(1, 28, 28), num_classes=10)
+    parameters = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    generator = torch.Generator().manual_seed(seed)
+    keep = {size: torch.rand(size, generator=generator) < 0.4 for size in (20, 50, 800, 500)}
+    parameters["conv1.weight"][~keep[20]] = 0
+    parameters["conv2.weight"][~keep[50]] = 0
+    parameters["fc1.weight"][:, ~keep[800]] = 0
+    parameters["fc2.weight"][:, ~keep[500]] = 0
+    c1, h = int(keep[20].sum()), int(keep[500].sum())
+    c2 = min(int(keep[50].sum()), int(keep[800].view(50, 16).any(1).sum()))
+    f = min(int(keep[800].sum()), 16 * int(keep[50].sum()))
+    report = report_of(module, parameters, (1, 28, 28))
+    assert report.macs == {"dense": 2293000, "pruned": 14400 * c1 + 1600 * c1 * c2 + f * h + 10 * h}
+    assert report.structure == f"{c1}-{c2}-{f}-{h}" and report.dense_structure == "20-50-800-500"
+
+
+def test_branches_count_for_themselves_and_groups_divide():
+    module = sample_networks.Normalised(num_classes=10, width=8)
+    graph = trace(module, torch.zeros(2, 1, 9, 9))
+    assert {name: (layer.source, layer.target) for name, layer in graph.items()} == {
+        "first.weight": (None, None),  # two layers read it
+        "left.weight": ("first.weight", None),
+        "right.weight": ("first.weight", None),
+        "out.weight": (None, None),  # where branches meet
+    }
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    report = account(parameters, layouts(module), graph)
+    positions = 16  # 9×9, kernel 3, stride 2
+    expected = positions * (8 * 9 + 8 * 8 * 9 // 2 + 8 * 9) + 80
+    assert report.macs == {"dense": expected, "pruned": expected}
+    assert report.nonzero["weights"] + 8 + 8 + 8 + 8 + 10 + 16 > report.nonzero["parameters"]
+
+
+def test_a_sum_made_in_place_has_no_single_source():
+    class Residual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Conv2d(3, 3, 1), torch.nn.Conv2d(3, 3, 1)
+
+        def forward(self, maps):
+            maps = self.one(maps)
+            maps += maps.flip(1)
+            return self.two(maps)
+
+    graph = trace(Residual(), torch.zeros(2, 3, 4, 4))
+    assert graph["two.weight"].source is None and graph["one.weight"].target is None
+
+
+def test_a_weight_that_is_used_twice_counts_twice():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(4, 4)
+
+        def forward(self, units):
+            return self.layer(self.layer(units).relu())
+
+    module = Twice()
+    graph = trace(module, torch.zeros(2, 4))
+    assert graph["layer.weight"].num_positions == 2 and graph["layer.weight"].source is None
+    assert account(dict(module.named_parameters()), layouts(module), graph).macs["dense"] == 32
+
+
+@pytest.mark.parametrize("convolution", [torch.nn.Conv1d, torch.nn.Conv3d, torch.nn.ConvTranspose2d])
+def test_other_convolutions(convolution):
+    module = convolution(4, 6, 3, groups=2)
+    axes = int(convolution.__name__[-2])
+    images = torch.zeros(2, 4, *[5] * axes)
+    layer = trace(module, images)["weight"]
+    outputs = module(images)
+    assert layer.num_positions == outputs[0, 0].numel()
+    macs = account(dict(module.named_parameters()), layouts(module), {"weight": layer}).macs["dense"]
+    assert macs == 4 * 6 // 2 * 3**axes * layer.num_positions
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_networks_of_torchvision(name):
+    module = models.torchvision(name=name, input_shape=(1, 32, 32), num_classes=10)
+    graph = trace(module, torch.zeros(2, 1, 32, 32))
+    weights = [n for n, layout in layouts(module).items() if layout.kind == "weight"]
+    assert sorted(graph) == sorted(weights)
+    report = account(dict(module.named_parameters()), layouts(module), graph)
+    assert report.macs["dense"] == report.macs["pruned"] > 0
+    assert all(layer.source is None or layer.source in graph for layer in graph.values())

@@ -1,0 +1,196 @@
+"""Whole runs on digits: what is left on disk and in the result, stages in subsets, and mistakes."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sparsity
+from sparsity.errors import ConfigError, DivergedError, SparsityError, WeightsError
+
+SMALL = ("model=mlp", "model.factory.hidden=[30]")
+
+
+def without_times(result):
+    return {key: value for key, value in result.items() if key not in ("seconds", "folder", "config", "environment")}
+
+
+def test_what_a_run_leaves(run):
+    result = run(*SMALL, "sensitivity=0.5")
+    folder = Path(result["folder"])
+    assert {path.name for path in folder.iterdir()} == {
+        *("result.json", "layers.csv", "history.csv", "model.safetensors", "stages"),
+        *("curves.png", "density.png", "weights.png"),
+    }
+    stages = ["finetune", "pretrain", "prune", "regularize"]
+    assert sorted(path.stem for path in (folder / "stages").iterdir()) == stages
+    stored = json.loads((folder / "result.json").read_text())
+    assert stored == {key: value for key, value in result.items() if key != "folder"}
+    with (folder / "layers.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows] == [layer["name"] for layer in stored["layers"]]
+    assert [int(row["nonzero"]) for row in rows] == [layer["nonzero"] for layer in stored["layers"]]
+    with (folder / "history.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    expected = [("pretrain", 1), ("pretrain", 2), ("regularize", 1), ("regularize", 2)]
+    expected += [("finetune", epoch) for epoch in range(3)]
+    assert [(row["stage"], int(row["epoch"])) for row in rows] == expected
+    for picture in ("curves", "density", "weights"):
+        assert (folder / f"{picture}.png").stat().st_size > 5000
+
+
+def test_the_result_agrees_with_the_files(run):
+    result = run(*SMALL, "sensitivity=0.5", "plots=false")
+    folder = Path(result["folder"])
+    state, pruned = load_file(folder / "model.safetensors"), load_file(folder / "stages" / "prune.safetensors")
+    regularized = load_file(folder / "stages" / "regularize.safetensors")
+    for layer in result["layers"]:
+        name, before = layer["name"], regularized[layer["name"]].double()
+        assert layer["nonzero"] == int(state[name].count_nonzero()) <= int(pruned[name].count_nonzero())
+        assert layer["std"] == pytest.approx(before.std(correction=0).item(), rel=1e-6)
+        assert layer["threshold"] == pytest.approx(0.5 * layer["std"], rel=1e-5)
+        assert torch.equal(pruned[name] != 0, before.abs() >= layer["threshold"])
+        assert torch.equal(state[name] != 0, pruned[name] != 0)
+    weights = [layer for layer in result["layers"] if layer["kind"] == "weight"]
+    assert result["nonzero"]["weights"] == sum(layer["nonzero"] for layer in weights)
+    assert result["compression"]["weights"] == result["total"]["weights"] / result["nonzero"]["weights"]
+    assert result["macs"]["pruned"] == sum(layer["macs"] for layer in weights)
+    accuracy = result["accuracy"]
+    assert accuracy["selected"]["test"] == accuracy["final"]["test"]
+    assert accuracy["best"]["test"] >= max(accuracy["selected"]["test"], accuracy["last"]["test"])
+    assert set(result["seconds"]) == {"pretrain", "regularize", "prune", "finetune", "total"}
+    assert result["environment"]["versions"]["torch"] == torch.__version__.split("+")[0] or torch.__version__
+
+
+def test_the_same_command_gives_the_same_bits(run):
+    one, other, third = run(*SMALL), run(*SMALL), run(*SMALL, "seed=1", "plots=false")
+    left, right = (load_file(Path(result["folder"]) / "model.safetensors") for result in (one, other))
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert without_times(one) == without_times(other)
+    assert third["accuracy"] != one["accuracy"]
+
+
+def test_stages_one_after_another_are_the_stages_together(run):
+    whole = run(*SMALL, "plots=false")
+    stages = Path(whole["folder"]) / "stages"
+    rest = run(*SMALL, "stages=[prune,finetune]", f"model.weights={stages / 'regularize.safetensors'}", "plots=false")
+    assert rest["nonzero"] == whole["nonzero"]
+    assert rest["accuracy"]["selected"] == whole["accuracy"]["selected"]
+    assert rest["accuracy"]["dense"] == whole["accuracy"]["regularized"]
+    assert rest["accuracy"]["regularized"] == {"validation": None, "test": None}
+
+
+def test_finetuning_a_pruned_network_keeps_its_zeros(run):
+    pruned = run(*SMALL, "stages=[pretrain,prune]", "sensitivity=1", "plots=false")
+    weights = f"model.weights={pruned['folder']}/model.safetensors"
+    tuned = run(*SMALL, "stages=[finetune]", weights, "plots=false")
+    assert tuned["nonzero"] == pruned["nonzero"]
+    assert tuned["accuracy"]["last"]["test"] > pruned["accuracy"]["pruned"]["test"]
+
+
+def test_no_stages_only_report(run):
+    trained = run(*SMALL, "stages=[pretrain]", "plots=false")
+    assert trained["accuracy"]["selected"] == {"validation": None, "test": None, "epoch": None}
+    report = run(*SMALL, "stages=[]", f"model.weights={trained['folder']}/model.safetensors")
+    assert report["accuracy"]["dense"] == trained["accuracy"]["dense"]
+    assert report["nonzero"] == trained["nonzero"] and report["accuracy"]["last"]["test"] is None
+    assert (Path(report["folder"]) / "density.png").exists()
+
+
+def test_without_validation_nothing_is_selected(run, caplog):
+    result = run(*SMALL, "data.validation=0", "plots=false")
+    assert result["accuracy"]["selected"] == {"validation": None, "test": None, "epoch": None}
+    assert result["accuracy"]["final"]["test"] == result["accuracy"]["last"]["test"]
+    assert "nothing was selected" in result["selection"] and "nothing was selected" in caplog.text
+
+
+def test_layers_of_their_own_and_left_out(run):
+    result = run(*SMALL, "sensitivity=0.5", "prune.layers.fc1=2", "prune.exclude=[fc2]", "plots=false")
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    assert layers["fc1.weight"]["threshold"] == pytest.approx(2 * layers["fc1.weight"]["std"], rel=1e-5)
+    assert layers["fc2.weight"]["density"] == 1 and layers["fc2.weight"]["threshold"] is None
+
+
+def test_structural_pruning_takes_biases_with_filters(run):
+    result = run(*SMALL, "reg=group_hs", "prune=group_std", "sensitivity=0.9", "prune.exclude=[fc2]", "plots=false")
+    state = load_file(Path(result["folder"]) / "stages" / "prune.safetensors")
+    dead = ~(state["fc1.weight"] != 0).any(1)
+    assert 0 < dead.sum() < 30
+    assert (state["fc1.bias"][dead] == 0).all() and (state["fc1.bias"][~dead] != 0).all()
+    inputs, hidden = map(int, result["structure"].split("-"))
+    assert hidden == 30 - int(dead.sum()) and inputs < 784
+
+
+def test_a_layer_pruned_whole_is_a_warning(run, caplog):
+    result = run(*SMALL, "sensitivity=0.1", "prune.layers.fc1=100", "plots=false")
+    assert any("prune.layers.fc1=100 pruned all of fc1.weight" in line for line in result["warnings"])
+    assert "pruned all of fc1.weight" in caplog.text
+    assert result["structure"].startswith("0-")
+    nothing = run(*SMALL, "sensitivity=100", "stages=[pretrain,prune]")
+    assert nothing["compression"]["weights"] is None and nothing["macs"]["pruned"] == 0
+
+
+def test_divergence_is_one_line_and_keeps_the_last_good_state(run, tmp_path):
+    with pytest.raises(DivergedError, match=r"finetune: .*epoch 1; schedule.finetune.lr=1e\+30") as error:
+        run(*SMALL, "schedule.finetune.lr=1e30", "optimizer=sgd")
+    assert "\n" not in str(error.value)
+    state = load_file(tmp_path / "run0" / "stages" / "finetune.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert not (tmp_path / "run0" / "result.json").exists()
+
+
+@pytest.mark.parametrize("model", ["lenet300", "lenet5", "torchvision"])
+def test_networks_run(run, model):
+    overrides = ["schedule.batch_size=256", "schedule.pretrain.epochs=1", "plots=false", "stages=[pretrain,prune]"]
+    result = run(f"model={model}", *overrides)
+    assert result["total"]["parameters"] == {"lenet300": 266610, "lenet5": 431080, "torchvision": 11175370}[model]
+
+
+def test_networks_of_the_users_own(run, monkeypatch):
+    target = ["model=custom", "model.factory._target_=sample_networks.Normalised", "+model.factory.width=6"]
+    with pytest.raises(ConfigError, match=r"code from outside: admit it by trust=\[sample_networks\]"):
+        run(*target)
+    result = run(*target, "trust=[sample_networks]", "reg=group_lasso", "prune=group_std", "plots=false")
+    layers = {layer["name"]: layer for layer in result["layers"]}
+    assert layers["norm.weight"]["kind"] == "normalization" and layers["norm.weight"]["density"] == 1
+    assert layers["first.weight"]["shape"][0] == 6
+
+
+MISTAKES = [
+    (["device=cuda:99"], ConfigError, "device=cuda:99 is not there: this machine has auto, cpu"),
+    (["device=abacus"], ConfigError, "device=abacus is not there"),
+    (["prune.exclude=[fc9]"], ConfigError, "prune.exclude names 'fc9', which the model lacks: its layers are fc1, fc2"),
+    (["prune.layers.fc9=0.1"], ConfigError, "prune.layers names 'fc9'"),
+    (["optimizer.eps=-1"], ConfigError, "optimizer=adam: Invalid epsilon value: -1"),
+    (["optimizer.betas=abc"], ConfigError, "optimizer=adam"),
+    (["data.validation=99999"], ConfigError, "data.validation must leave images on both sides, got 99999"),
+    (["model=torchvision", "model.factory.name=resnet99"], ConfigError, "model.factory.name=resnet99 is no"),
+    (["model=torchvision", "model.factory.name=alexnet"], ConfigError, "model=torchvision does not fit the data"),
+    (["stages=[]", "model.weights=nothing.pth"], WeightsError, "model.weights=nothing.pth is no file"),
+    (["reg.apply_to=[normalization]"], ConfigError, "the model has no such parameters"),
+    (["data=image_folder", "data.root=nothing"], SparsityError, "data.root=nothing is no folder"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "kind", "message"), MISTAKES, ids=lambda value: str(value)[:40])
+def test_mistakes(run, tmp_path, overrides, kind, message):
+    with pytest.raises(kind) as error:
+        run(*overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "run0").exists()
+
+
+def test_settings_that_do_nothing_warn(run, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(*SMALL, "stages=[pretrain]", "sensitivity=0.3", "plots=false")
+    assert "sensitivity does nothing" in caplog.text
+
+
+def test_run_returns_what_main_writes(run):
+    result = run(*SMALL, "stages=[pretrain]", "plots=false")
+    assert result["name"]["model"] == "mlp" and result["config"]["model"]["factory"]["hidden"] == [30]
+    assert sparsity.run.__module__ == "sparsity.experiment"

@@ -1,0 +1,172 @@
+"""The training loop: masks hold, epochs are selected on validation, divergence is caught, runs repeat bit for bit."""
+
+from functools import partial
+
+import pytest
+import sample_networks
+import torch
+
+from sparsity.data import Images, Splits
+from sparsity.models import build, draws_random_numbers
+from sparsity.population import Population, stack
+from sparsity.schedules import learning_rate
+from sparsity.stages import total_penalty
+from sparsity.training import Loop, Penalty, evaluate, train
+
+
+def splits(num=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (num, 1, 6, 6), dtype=torch.uint8, generator=generator)
+    labels = (images.float().mean((1, 2, 3)) > 127).long()
+    part = Images(images, labels)
+    return Splits(part, part.take(torch.arange(20)), part.take(torch.arange(20, 40)), 2)
+
+
+def network(seed=0):
+    factory = partial(sample_networks.Normalised, width=4)
+    return build(factory, (1, 6, 6), 2, seed)
+
+
+def loop(epochs=2, lr=1e-2, optimizer=torch.optim.Adam, **more):
+    rate = partial(learning_rate, lr=lr, shape="constant", warmup=0.0)
+    return Loop(epochs, 16, rate, partial(optimizer, lr=lr, **more))
+
+
+def generators(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def linear(num_members=1):
+    return stack([build(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(36, 2)), (1, 6, 6), 2, seed)
+                  for seed in range(num_members)])  # fmt: skip
+
+
+def test_one_member_is_what_a_plain_loop_computes():
+    population, data = linear(), splits()
+    trained = train(population, data, loop(), generators(3)).last
+    module = torch.nn.Linear(36, 2)
+    module.load_state_dict({"weight": population.parameters["1.weight"][0], "bias": population.parameters["1.bias"][0]})
+    optimizer, generator = torch.optim.Adam(module.parameters(), lr=1e-2), generators(3)[0]
+    for _ in range(2):
+        for index in torch.randperm(64, generator=generator).split(16):
+            optimizer.zero_grad()
+            outputs = module(data.train.images[index].flatten(1).float() / 255)
+            torch.nn.functional.cross_entropy(outputs, data.train.labels[index]).backward()
+            optimizer.step()
+    torch.testing.assert_close(trained.parameters["1.weight"][0], module.weight.detach())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_pruned_entries_stay_exactly_zero(optimizer):
+    population = linear()
+    mask = torch.rand(1, 2, 36, generator=torch.Generator().manual_seed(1)) < 0.3
+    parameters = {**population.parameters, "1.weight": population.parameters["1.weight"] * mask}
+    pruned = Population(population.module, population.layouts, parameters, {}, {"1.weight": mask})
+    for more in ({}, {"weight_decay": 0.1}):
+        weight = train(pruned, splits(), loop(optimizer=optimizer, **more), generators(0)).last.parameters["1.weight"]
+        assert torch.equal(weight[~mask], torch.zeros_like(weight[~mask]))
+        assert (weight[mask] != parameters["1.weight"][mask]).all()
+
+
+def test_training_leaves_its_argument_alone():
+    population = stack([network()])
+    before = population.clone()
+    train(population, splits(), loop(), generators(0))
+    for name in before.parameters:
+        assert torch.equal(population.parameters[name], before.parameters[name])
+    for name in before.buffers:
+        assert torch.equal(population.buffers[name], before.buffers[name])
+
+
+def test_batch_normalisation_keeps_statistics_of_each_member():
+    members = [network(0), network(1)]
+    plain = loop(optimizer=torch.optim.SGD)  # Adam would blow up the noise in the gradient of a bias before a norm
+    together = train(stack(members), splits(), plain, generators(5, 6)).last
+    for index, module in enumerate(members):
+        alone = train(stack([module]), splits(), plain, generators(5 + index)).last
+        for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"):
+            torch.testing.assert_close(together.buffers[name][index], alone.buffers[name][0], rtol=1e-4, atol=1e-5)
+        assert together.buffers["norm.num_batches_tracked"][index] == 8
+
+
+def test_same_seed_same_bits_and_another_seed_others():
+    def weights(seed):
+        return train(stack([network()]), splits(), loop(), generators(seed)).last.parameters["first.weight"]
+
+    assert torch.equal(weights(0), weights(0))
+    assert not torch.equal(weights(0), weights(1))
+
+
+def test_dropout_repeats_too():
+    module = build(sample_networks.WithDropout, (1, 6, 6), 2, 0)
+    assert draws_random_numbers(module) and not draws_random_numbers(network())
+    state = torch.get_rng_state()
+    weights = [train(stack([module]), splits(), loop(), generators(0)).last.parameters["out.weight"] for _ in range(2)]
+    assert torch.equal(*weights)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_decay_multiplies_the_penalty_and_members_have_their_own():
+    population = linear(2)
+    function = total_penalty(lambda view: view.square().sum(), population.layouts, ["1.weight"])
+    penalty = Penalty(function, torch.tensor([0.0, 10.0]), {})
+    trained = train(population, splits(), loop(epochs=5), generators(0, 0), penalty=penalty)
+    weight = trained.last.parameters["1.weight"]
+    assert weight[1].abs().mean() < 0.3 * weight[0].abs().mean()
+    row = trained.history[-1]
+    assert row.objective == pytest.approx([row.loss[0], row.loss[1] + 10 * row.penalty[1]], rel=1e-5)
+
+
+def test_selection_takes_the_earliest_best_validation_epoch():
+    trained = train(linear(), splits(), loop(epochs=6, lr=0.05), generators(0), select=True)
+    validation = [row.validation[0] for row in trained.history]
+    assert [row.epoch for row in trained.history] == list(range(7))
+    assert trained.selected_epoch == [validation.index(max(validation))]
+    data = splits()
+    assert evaluate(trained.selected, data.validation, data, torch.float32) == [max(validation)]
+    assert evaluate(trained.last, data.validation, data, torch.float32) == [validation[-1]]
+
+
+def test_without_validation_nothing_is_selected():
+    data = splits()
+    data = Splits(data.train, None, data.test, 2)
+    trained = train(linear(), data, loop(), generators(0), select=True)
+    assert trained.selected_epoch is None and trained.selected is trained.last
+    assert trained.history[-1].validation is None and trained.history[-1].test is not None
+
+
+def test_divergence_ends_training_and_keeps_the_last_good_state():
+    population = linear()
+    trained = train(population, splits(), loop(epochs=50, lr=1e38, optimizer=torch.optim.SGD), generators(0))
+    assert trained.diverged[0] is not None and len(trained.history) == trained.diverged[0]
+    assert all(tensor.isfinite().all() for tensor in trained.last.parameters.values())
+
+
+def test_zero_epochs_change_nothing():
+    population = linear()
+    trained = train(population, splits(), loop(epochs=0), generators(0), select=True)
+    assert torch.equal(trained.selected.parameters["1.weight"], population.parameters["1.weight"])
+    assert trained.selected_epoch == [0]
+
+
+def test_evaluation_counts_what_a_plain_loop_counts():
+    data, module = splits(), network()
+    images = data.test.images.float() / 255
+    expected = (module.eval()(images).argmax(1) == data.test.labels).float().mean().item()
+    assert evaluate(stack([module, module]), data.test, data, torch.float32) == pytest.approx([expected] * 2)
+
+
+def test_bfloat16_trains_float32_weights():
+    rate = partial(learning_rate, lr=1e-2, shape="constant", warmup=0.0)
+    half = Loop(2, 16, rate, partial(torch.optim.Adam, lr=1e-2), precision=torch.bfloat16)
+    weight = train(linear(), splits(), half, generators(0)).last.parameters["1.weight"]
+    assert weight.dtype is torch.float32 and weight.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+def test_learning_rates(shape):
+    rate = partial(learning_rate, lr=2.0, shape=shape, warmup=0.25)
+    assert rate(0.0) == 0 and rate(0.125) == pytest.approx(1.0) and rate(0.25) == pytest.approx(2.0)
+    assert rate(1.0) == pytest.approx(2.0 if shape == "constant" else 0.0)
+    assert rate(0.625) == pytest.approx({"constant": 2.0}.get(shape, 1.0))
+    assert learning_rate(0.0, lr=2.0, shape=shape, warmup=0.0) == 2.0
