@@ -4,6 +4,8 @@ All are differentiable, and finite with their gradients on a tensor that is all 
 branches on a value, so all map over members. Formulas as in DeepHoyer (Yang, Wen, Li, ICLR 2020).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
@@ -44,12 +46,38 @@ def group_lasso(weight: Tensor) -> Tensor:
 def group_hs(weight: Tensor) -> Tensor:
     """[(Σ ‖filter‖₂)² + (Σ ‖channel‖₂)²] / Σw²: Hoyer-square of the group norms, for filters and for channels."""
     filters, channels = _group_norms(weight)
-    return _over(filters.sum().square() + channels.sum().square(), weight.square().sum())
+    return _over(filters.sum().square() + channels.sum().square(), filters.square().sum())
 
 
 def _group_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The 2-norms of a weight's filters (one per output) and channels (one per input)."""
-    return vector_norm(weight, dim=(2, 3)), vector_norm(weight, dim=(1, 3))
+    """The 2-norms of a weight's filters [groups, outputs] (one per output) and channels [groups, inputs]."""
+    return _GroupNorms.apply(weight)
+
+
+class _GroupNorms(torch.autograd.Function):
+    """Both norms and their gradient in one pass over the weight each; autograd's own takes three times as long."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor) -> tuple[Tensor, Tensor]:
+        squares = weight.square().sum(3)
+        return squares.sum(2).sqrt(), squares.sum(1).sqrt()
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
+        context.save_for_backward(*inputs, *outputs)
+
+    @staticmethod
+    def backward(context: Any, to_filters: Tensor, to_channels: Tensor) -> Tensor:
+        weight, filters, channels = context.saved_tensors
+        per_filter, per_channel = _quotient(to_filters, filters), _quotient(to_channels, channels)
+        return weight * (per_filter[:, :, None, None] + per_channel[:, None, :, None])
+
+
+def _quotient(gradient: Tensor, norm: Tensor) -> Tensor:
+    """gradient / norm, and 0 for a group that is all zero."""
+    return torch.where(norm > 0, gradient / torch.where(norm > 0, norm, 1), 0)
 
 
 def _over(numerator: Tensor, denominator: Tensor) -> Tensor:

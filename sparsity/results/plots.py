@@ -30,7 +30,7 @@ def draw_all(
     if any(histories.values()):
         paths.append(draw_curves(folder / "curves.png", histories, title, member))
     if states:
-        paths.append(draw_weights(folder / "weights.png", states, title))
+        paths.append(draw_weights(folder / "weights.png", states, layers, title))
     return paths
 
 
@@ -78,7 +78,7 @@ def _draw_accuracy(axis: Any, rows: list[Any], offset: int, stage: str, marker: 
 
 
 def _percent(value: float, position: int | None = None) -> str:
-    return f"{value:.3g} %" if value >= 1 else f"{100 * value:.3g} %"
+    return f"{100 * value:.3g} %"
 
 
 def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:
@@ -106,11 +106,12 @@ def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:
     return _save(figure, path)
 
 
-def draw_weights(path: Path, states: dict[str, Tensors], title: str) -> Path:
-    """The distribution of weight magnitudes, each layer's before and after regularizing."""
+def draw_weights(path: Path, states: dict[str, Tensors], layers: list[dict[str, Any]], title: str) -> Path:
+    """The distribution of weight magnitudes, each layer's before and after regularizing, and its threshold."""
     from matplotlib.figure import Figure
 
     names = [name for name, tensor in next(iter(states.values())).items() if tensor.ndim > 1][:12]
+    thresholds = {layer["name"]: layer["threshold"] for layer in layers}
     columns = min(2, len(names))
     num_rows = -(-len(names) // columns)
     figure = Figure(figsize=(4.5 * columns, 0.6 + 2.4 * num_rows), layout="constrained")
@@ -118,16 +119,18 @@ def draw_weights(path: Path, states: dict[str, Tensors], title: str) -> Path:
     for axis, name in zip(grid, names):
         for (label, state), colour in zip(states.items(), ("#4477aa", "#ee6677")):
             exponents = state[name].abs().float().clamp_min(SMALLEST).log10().flatten()
-            counts = torch.histc(exponents, NUM_BINS, min=-8, max=1)
-            edges = torch.logspace(-8, 1, NUM_BINS + 1)
+            counts = torch.histc(exponents, NUM_BINS, min=-8, max=2)
+            edges = torch.logspace(-8, 2, NUM_BINS + 1)
             axis.stairs(counts.tolist(), edges.tolist(), color=colour, fill=True, alpha=0.55, label=label)
+        if thresholds.get(name):
+            axis.axvline(thresholds[name], color="0.2", linestyle="--", linewidth=1, label="threshold")
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(name.removesuffix(".weight"), fontsize=9)
     for axis in grid[len(names) :]:
         axis.set_visible(False)
     grid[0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("|weight|", fontsize=9)
+    figure.supxlabel(f"|weight|; those below {SMALLEST:g} are drawn at the left edge", fontsize=9)
     figure.supylabel("number of weights", fontsize=9)
     figure.suptitle(title, fontsize=10)
     return _save(figure, path)
