@@ -20,6 +20,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsity.errors import ConfigError
 from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range
+from sparsity.schedules import SHAPES
 
 STAGES = ("pretrain", "regularize", "prune", "finetune")
 OBJECTIVES = {"accuracy": "maximize", "compression": "maximize", "macs": "minimize", "nonzero": "minimize"}
@@ -100,7 +101,7 @@ class StageSchedule:
 
     epochs: Count
     lr: Positive
-    shape: Literal["constant", "linear", "cosine"]
+    shape: Literal[tuple(SHAPES)]
     warmup: Annotated[float, Range(0, 1, below=True)]
     weight_decay: NonNegative
 

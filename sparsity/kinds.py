@@ -26,6 +26,5 @@ class Range(NamedTuple):
 
 Positive = Annotated[float, Range(0, above=True)]
 NonNegative = Annotated[float, Range(0)]
-Fraction = Annotated[float, Range(0, 1)]
 Count = Annotated[int, Range(0)]
 PositiveCount = Annotated[int, Range(1)]

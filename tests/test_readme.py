@@ -1,0 +1,43 @@
+"""What the README shows works as it stands there."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
+    function = re.search(r"```python\n(def log_sum.*?)```", README, re.DOTALL)[1]
+    yaml = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    for name in ("conf", "sparsity", "tests"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("main.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    with (tmp_path / "sparsity" / "regularizers.py").open("a") as file:
+        file.write(f"\n\n{function}")
+    (tmp_path / "conf" / "reg" / "log_sum.yaml").write_text(yaml)
+
+    def python(*arguments):
+        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    status, said = python("-m", "pytest", "-k", "log_sum", "tests/test_methods.py", "tests/test_configs.py")
+    assert status == 0 and int(re.search(r"(\d+) passed", said)[1]) > 40, said
+    small = ("data=digits", "schedule=smoke", "plots=false", "threads=1")
+    status, said = python("main.py", "reg=log_sum", "reg.penalty.epsilon=0.05", *small)
+    assert status == 0, said
+    status, said = python("main.py", "reg=log_sum", "reg.penalty.epsilon=0", *small)
+    assert status == 2 and said == "reg.penalty.epsilon must be a number > 0, got 0\n"
+    assert "log_sum" in python("main.py", "--help")[1]
+
+
+def test_every_choice_is_in_the_table():
+    for group in ("model", "data", "reg", "prune", "schedule", "optimizer"):
+        row = re.search(rf"^\| `{group}` \|([^|]*)\|", README, re.MULTILINE)[1]
+        assert sorted(re.findall(r"`(\w+)`", row)) == sorted(path.stem for path in (ROOT / "conf" / group).iterdir())
