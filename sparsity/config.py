@@ -7,7 +7,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -78,7 +78,7 @@ class Regularizer:
     decay: NonNegative
     apply_to: Kinds
     weight_decay: NonNegative
-    search: dict[str, str]
+    search: dict[str, str] = field(default_factory=dict)  # ranges that a search draws from
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Rule:
     structural: bool  # takes whole groups: a filter that goes takes its bias
     layers: dict[str, float]
     exclude: list[str]
-    search: dict[str, str]
+    search: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def read(config: DictConfig, *, overrides: Sequence[str], choices: Mapping[str, 
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
     name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
     _check_trust(node.get("trust"), overrides)
-    run = _Reader((*TRUSTED, *_trusted(node.get("trust")))).read("", {**node, "name": name}, Run)
+    run = check("", {**node, "name": name}, Run, (*TRUSTED, *_trusted(node.get("trust"))))
     _check_together(run)
     return run
 
@@ -225,6 +225,11 @@ def sensitivity_range(rule: Call) -> Range:
     return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
 
 
+def check(key: str, value: Any, kind: Any, trusted: Sequence[str] = TRUSTED) -> Any:
+    """A plain value as an annotated type, or a ConfigError that names the key; `trusted`: Hydra's patterns."""
+    return _Reader(trusted).read(key, value, kind)
+
+
 class _Reader:
     """Turns plain containers into annotated types; remembers which targets may be called."""
 
@@ -248,12 +253,12 @@ class _Reader:
     def _record(self, key: str, value: Any, kind: type) -> Any:
         if not isinstance(value, dict):
             raise ConfigError(f"{key} must be a group of keys, got {value!r}")
-        known = {field.name: field for field in fields(kind)}
+        known = {entry.name: entry for entry in fields(kind)}
         for name in value:
             if name not in known:
                 raise ConfigError(f"{_join(key, name)} is no setting: {key or 'the top level'} has {', '.join(known)}")
-        for name, field in known.items():
-            if name not in value and field.default is MISSING:
+        for name, entry in known.items():
+            if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
                 raise ConfigError(f"{_join(key, name)} is missing: add it to the YAML of {key.split('.')[0]}")
         kinds = typing.get_type_hints(kind, include_extras=True)
         return kind(**{name: self.read(_join(key, name), entry, kinds[name]) for name, entry in value.items()})

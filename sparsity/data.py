@@ -40,13 +40,13 @@ class Images:
         return Images(self.images.to(device), self.labels.to(device))
 
     def take(self, index: Tensor) -> "Images":
-        """The images and labels of an index of any shape."""
+        """The images and labels of an index [k]."""
         index = index.to(self.images.device)
         return Images(self.images[index], self.labels[index])
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator["Images"]:
         """Batches of [members, batch] images in the members' orders [members, n]."""
-        for index in order.to(self.images.device).split(batch_size, dim=-1):
+        for index in cut(order.to(self.images.device), batch_size):
             yield Images(self.images[index], self.labels[index])
 
     @property
@@ -77,18 +77,16 @@ class Files:
         """The set with its batches on a device."""
         return replace(self, device=torch.device(device), labels=self.labels.to(device))
 
-    def take(self, index: Tensor) -> Any:
-        """The images and labels of an index; of a vector it stays a set of files."""
-        if index.ndim == 1:
-            return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index])
-        return next(self.batches(index, index.shape[-1]))
+    def take(self, index: Tensor) -> "Files":
+        """The files and labels of an index [k]."""
+        return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index])
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Images]:
         """Batches of [members, batch] images in the members' orders [members, n]; the next is read meanwhile."""
         order = order.cpu()
         with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as readers:
             ahead = None
-            for index in order.split(batch_size, dim=-1):
+            for index in cut(order, batch_size):
                 reading = [readers.submit(self.read, self.paths[i]) for i in index.flatten().tolist()]
                 if ahead is not None:
                     yield self._collect(*ahead)
@@ -100,6 +98,19 @@ class Files:
         images = torch.stack([future.result() for future in reading])
         images = images.reshape(*index.shape, *self.shape).to(self.device, non_blocking=True)
         return Images(images, self.labels[index.to(self.labels.device)])
+
+
+def cut(order: Tensor, batch_size: int) -> list[Tensor]:
+    """An order [..., n] in batches; a last batch of one joins the one before, as batch normalisation needs two."""
+    batches = list(order.split(batch_size, dim=-1))
+    if len(batches) > 1 and batches[-1].shape[-1] == 1:
+        batches[-2:] = [torch.cat(batches[-2:], dim=-1)]
+    return batches
+
+
+def count_batches(num_images: int, batch_size: int) -> int:
+    """The number of batches that `cut` makes."""
+    return len(cut(torch.empty(num_images), batch_size))
 
 
 class Source(NamedTuple):
@@ -126,6 +137,10 @@ class Splits:
     def input_shape(self) -> tuple[int, ...]:
         """The shape of one image."""
         return self.train.shape
+
+    def example(self) -> Tensor:
+        """Two scaled images [2, *shape], on the CPU: enough for a module to show what it does."""
+        return self.scale(next(self.test.batches(torch.zeros(1, 2, dtype=torch.long), 2)).images[0].cpu())
 
     def to(self, device: torch.device | str) -> "Splits":
         """The splits on a device."""

@@ -19,7 +19,7 @@ from sparsity import config as schema
 from sparsity import console, results, stages
 from sparsity.accounting import Report, account
 from sparsity.config import Run
-from sparsity.data import Splits, split
+from sparsity.data import Splits, count_batches, split
 from sparsity.errors import ConfigError, DivergedError, SparsityError
 from sparsity.graph import Layer, trace
 from sparsity.models import build, check_fits, draws_random_numbers
@@ -119,7 +119,7 @@ def _device(name: str) -> torch.device:
 @contextlib.contextmanager
 def _machine(threads: int | None) -> Iterator[None]:
     """The process as training wants it: denormals flushed (sparsity training makes many), threads as asked."""
-    before = torch.get_num_threads()
+    before, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
     torch.set_flush_denormal(True)
     torch.set_num_threads(threads or before)
     torch.backends.cudnn.deterministic = True
@@ -128,6 +128,7 @@ def _machine(threads: int | None) -> Iterator[None]:
     finally:
         torch.set_flush_denormal(False)
         torch.set_num_threads(before)
+        torch.backends.cudnn.deterministic = deterministic
 
 
 def _load_data(run: Run) -> Splits:
@@ -146,8 +147,7 @@ def _first_population(jobs: Sequence[Job], splits: Splits, device: torch.device)
     if model.weights is not None:
         state = read_state(model.weights)
         modules = [fill(module, state, model.weights) for module in modules]
-    images = splits.scale(splits.test.take(torch.zeros(1, 2, dtype=torch.long)).images[0].cpu())
-    check_fits(modules[0], images, splits.num_classes, name)
+    check_fits(modules[0], splits.example(), splits.num_classes, name)
     return stack(modules, device)
 
 
@@ -250,7 +250,8 @@ def _owner(name: str, layers: dict[str, float]) -> str | None:
 
 
 def _watch(run: Run, stage: str, num_images: int) -> console.StageProgress:
-    return console.StageProgress(stage, getattr(run.schedule, stage).epochs, -(-num_images // run.schedule.batch_size))
+    num_batches = count_batches(num_images, run.schedule.batch_size)
+    return console.StageProgress(stage, getattr(run.schedule, stage).epochs, num_batches)
 
 
 def _whole_layer(name: str, run: Run) -> str:
@@ -274,8 +275,7 @@ class _Progress:
         self.jobs, self.splits, self.population, self.device = jobs, splits, population, device
         self.run = jobs[0].run
         self.parts = _ingredients(jobs, splits, population, device)
-        images = splits.scale(splits.test.take(torch.zeros(1, 2, dtype=torch.long)).images[0].cpu())
-        self.graph: dict[str, Layer] = trace(population.module, images)
+        self.graph: dict[str, Layer] = trace(population.module, splits.example())
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.measured: dict[str, list[dict[str, float | None]]] = {}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from sparsity.data import Files, Images, Splits
+from sparsity.data import Files, Images, Splits, count_batches
 from sparsity.population import Population, choose, over_members
 from sparsity.tensors import Tensors
 
@@ -128,7 +128,7 @@ def _run_epoch(
     population.module.train()
     order = torch.stack([torch.randperm(len(splits.train), generator=generator) for generator in generators])
     sums = torch.zeros(3, population.num_members, device=_device(population))
-    num_batches = -(-len(splits.train) // loop.batch_size)
+    num_batches = count_batches(len(splits.train), loop.batch_size)
     for index, batch in enumerate(splits.train.batches(order, loop.batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)

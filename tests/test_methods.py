@@ -17,13 +17,13 @@ RULES = choices("prune")
 
 def regularizer(name):
     node = OmegaConf.to_container(OmegaConf.load(f"conf/reg/{name}.yaml").penalty)
-    return config._Reader(config.TRUSTED).read("reg.penalty", node, config.Call).partial()
+    return config.check("reg.penalty", node, config.Call).partial()
 
 
 def rule(name):
     node = OmegaConf.load(f"conf/prune/{name}.yaml")
     values = OmegaConf.to_container(node.prune)
-    return node.sensitivity, config._Reader(config.TRUSTED).read("prune", values, config.Rule)
+    return node.sensitivity, config.check("prune", values, config.Rule)
 
 
 def weight_of(kind, seed=0):

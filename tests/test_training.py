@@ -19,7 +19,7 @@ def splits(num=64, seed=0):
     images = torch.randint(0, 256, (num, 1, 6, 6), dtype=torch.uint8, generator=generator)
     labels = (images.float().mean((1, 2, 3)) > 127).long()
     part = Images(images, labels)
-    return Splits(part, part.take(torch.arange(20)), part.take(torch.arange(20, 40)), 2)
+    return Splits(part, part.take(torch.arange(20)), part.take(torch.arange(num - 20, num)), 2)
 
 
 def network(seed=0):
@@ -170,3 +170,10 @@ def test_learning_rates(shape):
     assert rate(1.0) == pytest.approx(2.0 if shape == "constant" else 0.0)
     assert rate(0.625) == pytest.approx({"constant": 2.0}.get(shape, 1.0))
     assert learning_rate(0.0, lr=2.0, shape=shape, warmup=0.0) == 2.0
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    data = splits(33)
+    assert [batch.labels.shape[1] for batch in data.train.batches(torch.arange(33)[None], 16)] == [16, 17]
+    trained = train(stack([network()]), data, loop(), generators(0)).last
+    assert trained.buffers["norm.num_batches_tracked"].item() == 4

@@ -1,26 +1,4 @@
-"""Result files and plots of a run.
-
-`result.json` (format 1), every accuracy a share in [0, 1], null where its stage was left out:
-
-    format                  1
-    name                    the choice in each group: {model: lenet300, …}
-    stages, seed            of the run
-    config                  the resolved config, all of it
-    accuracy                dense, regularized, pruned: {validation, test} after the stage (dense: or as given);
-                            selected: {validation, test, epoch}, the finetuning epoch chosen on validation (0 is the
-                            pruned network); last: {validation, test} after the last epoch; best: {test, epoch}, the
-                            highest test accuracy of all finetuning epochs, which is the reference's way and looks at
-                            the test set; final: {validation, test} of the network in model.safetensors
-    selection               in words, how the network in model.safetensors was chosen
-    nonzero, total, compression   {weights, parameters}; compression is null where nothing is left
-    macs                    {dense, pruned}: multiply-accumulates of one forward pass of one image
-    structure, dense_structure    live units between layers, such as 353-45-11
-    layers                  a list, one entry a tensor: name, kind, shape, nonzero, total, density, std and threshold
-                            (as the rule saw them), live_inputs, live_outputs, macs
-    seconds                 {stage: wall seconds}, and total
-    warnings                a list of lines
-    environment             versions, device, threads, precision, platform, git commit
-"""
+"""Result files of a run, and its numbers in words; README.md documents the schema of `result.json`."""
 
 import csv
 import json
