@@ -81,7 +81,11 @@ def finetune(population: Population, parts: Ingredients) -> Trained:
 
 def _train(stage: str, population: Population, parts: Ingredients, **more: Any) -> Trained:
     generators = [torch.Generator().manual_seed(derived_seed(seed, stage)) for seed in parts.seeds]
-    return train(population, parts.splits, parts.loops[stage], generators, watcher=parts.watcher(stage), **more)
+    watcher = parts.watcher(stage)
+    try:
+        return train(population, parts.splits, parts.loops[stage], generators, watcher=watcher, **more)
+    finally:
+        watcher.close()
 
 
 def derived_seed(seed: int, purpose: str) -> int:

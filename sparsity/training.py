@@ -59,6 +59,9 @@ class Watcher:
     def epoch(self, row: Epoch) -> None:
         """One more epoch is done."""
 
+    def close(self) -> None:
+        """Training is over, well or badly."""
+
 
 @dataclass(frozen=True)
 class Trained:

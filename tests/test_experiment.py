@@ -105,7 +105,7 @@ def test_without_validation_nothing_is_selected(run, caplog):
     result = run(*SMALL, "data.validation=0", "plots=false")
     assert result["accuracy"]["selected"] == {"validation": None, "test": None, "epoch": None}
     assert result["accuracy"]["final"]["test"] == result["accuracy"]["last"]["test"]
-    assert "nothing was selected" in result["selection"] and "nothing was selected" in caplog.text
+    assert "nothing was selected" in result["selection"] and "nothing is selected" in caplog.text
 
 
 def test_layers_of_their_own_and_left_out(run):

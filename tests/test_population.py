@@ -7,7 +7,8 @@ import torch
 from conftest import choices
 from test_configs import read
 
-from sparsity import experiment, population
+from sparsity import population
+from sparsity.errors import DivergedError
 from sparsity.experiment import Job, run_members
 
 RULES = choices("prune")
@@ -73,7 +74,7 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
     run = read("data=digits", "schedule=smoke", "plots=false", "model=mlp", "model.factory.hidden=[24]", "reg=l1")
     runs = [run, replace(run, reg=replace(run.reg, decay=1e38)), replace(run, seed=1)]
     outcomes = run_members([Job(each, tmp_path / str(index)) for index, each in enumerate(runs)])
-    assert isinstance(outcomes[1], experiment.DivergedError)
+    assert isinstance(outcomes[1], DivergedError)
     assert "regularize" in str(outcomes[1]) and "reg.decay=1e+38" in str(outcomes[1])
     assert not (tmp_path / "1" / "result.json").exists()
     alone = run_members([Job(run, tmp_path / "alone")])[0]

@@ -1,0 +1,178 @@
+"""What a population is made of: device, data, members and the ingredients of its stages, each checked."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsity import config as schema
+from sparsity import console, stages
+from sparsity.config import Run
+from sparsity.data import Splits, count_batches, split
+from sparsity.errors import ConfigError
+from sparsity.models import build, check_fits
+from sparsity.population import Population, stack
+from sparsity.schedules import learning_rate
+from sparsity.stages import Ingredients, derived_seed
+from sparsity.tensors import Layout
+from sparsity.training import Loop, Penalty
+from sparsity.weights import fill, read_state
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+        there = ["auto", "cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise ConfigError(f"device={name} is not there: this machine has {', '.join(there)}") from error
+    if device.type == "meta":
+        raise ConfigError("device=meta computes nothing: take auto or cpu")
+    return device
+
+
+@contextlib.contextmanager
+def machine(threads: int | None) -> Iterator[None]:
+    """The process as training wants it: denormals flushed (sparsity training makes many), threads as asked."""
+    before, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads or before)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+        torch.backends.cudnn.deterministic = deterministic
+
+
+def load_data(run: Run) -> Splits:
+    """The run's data, split."""
+    try:
+        source = run.data.loader.partial()()
+    except (TypeError, OSError) as error:
+        raise ConfigError(f"data={run.name.get('data')} cannot be loaded: {' '.join(str(error).split())}") from error
+    return split(source, validation=run.data.validation, seed=run.data.validation_seed, normalize=run.data.normalize)
+
+
+def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) -> Population:
+    """The members as they are before the first stage: drawn by their seeds, or with the weights given."""
+    model = runs[0].model
+    name = runs[0].name.get("model", model.factory.target)
+    modules = [_build(run, splits, name) for run in runs]
+    if model.weights is not None:
+        state = read_state(model.weights)
+        modules = [fill(module, state, model.weights) for module in modules]
+    check_fits(modules[0], splits.example(), splits.num_classes, name)
+    return stack(modules, device)
+
+
+def _build(run: Run, splits: Splits, name: str) -> torch.nn.Module:
+    try:
+        return build(
+            run.model.factory.partial(), splits.input_shape, splits.num_classes, derived_seed(run.seed, "weights")
+        )
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"model={name} cannot be built for images {list(splits.input_shape)}: {reason}") from error
+
+
+def ingredients(runs: Sequence[Run], splits: Splits, population: Population, device: torch.device) -> Ingredients:
+    """What the stages of the runs' population are made of."""
+    first = runs[0]
+    return Ingredients(
+        splits=splits,
+        loops={stage: _loop(first, stage) for stage in first.stages if stage != "prune"},
+        penalty=_penalty(runs, population.layouts, device),
+        rule=_rule(runs, population.layouts, device),
+        seeds=[run.seed for run in runs],
+        watcher=lambda stage: _watch(first, stage, len(splits.train)),
+    )
+
+
+def _loop(run: Run, stage: str) -> Loop:
+    numbers = getattr(run.schedule, stage)
+    optimizer = partial(_optimizer, run, numbers.lr, numbers.weight_decay)
+    optimizer([torch.zeros(1)])  # a number that it refuses shall be refused before anything trains
+    return Loop(
+        epochs=numbers.epochs,
+        batch_size=run.schedule.batch_size,
+        learning_rate=partial(learning_rate, lr=numbers.lr, shape=numbers.shape, warmup=numbers.warmup),
+        optimizer=optimizer,
+        precision=PRECISIONS[run.precision],
+    )
+
+
+def _optimizer(run: Run, lr: float, weight_decay: float, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    try:
+        return run.optimizer.partial(lr=lr, weight_decay=weight_decay)(tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"optimizer={run.name.get('optimizer')}: {' '.join(str(error).split())}") from error
+
+
+def _penalty(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> Penalty | None:
+    """The penalty of all members; the method's floats may differ between them."""
+    reg = runs[0].reg
+    if reg.penalty is None:
+        return None
+    names = [name for name, layout in layouts.items() if layout.kind in reg.apply_to]
+    if not names:
+        raise ConfigError(f"reg.apply_to={reg.apply_to}: the model has no such parameters")
+    shared = {name: number for name, number in reg.penalty.numbers.items() if not isinstance(number, float)}
+    floats = {
+        name: torch.tensor([run.reg.penalty.numbers[name] for run in runs], device=device)
+        for name in reg.penalty.numbers
+        if name not in shared
+    }
+    function = stages.total_penalty(partial(reg.penalty.function, **shared), layouts, names)
+    return Penalty(function, torch.tensor([run.reg.decay for run in runs], device=device), floats)
+
+
+def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> stages.Rule:
+    """The pruning rule of all members, its parameters in pools of one sensitivity a member."""
+    rule = runs[0].prune
+    _check_layers(rule, layouts)
+    names = [name for name, layout in layouts.items() if layout.kind in rule.apply_to]
+    names = [name for name in names if not any(_is_in(name, layer) for layer in rule.exclude)]
+    owners = {name: owner_of(name, rule.layers) for name in names}
+    pools = []
+    for owner in dict.fromkeys(owners.values()):
+        numbers = [run.sensitivity if owner is None else run.prune.layers[owner] for run in runs]
+        pools.append(([name for name in names if owners[name] == owner], torch.tensor(numbers, device=device)))
+    return stages.Rule(
+        mask=rule.rule.partial(),
+        cut=None if rule.cut is None else rule.cut.partial(),
+        whole=rule.scope == "network",
+        structural=rule.structural,
+        pools=pools,
+    )
+
+
+def _check_layers(rule: schema.Rule, layouts: dict[str, Layout]) -> None:
+    for key, layers in (("prune.exclude", rule.exclude), ("prune.layers", list(rule.layers))):
+        for layer in layers:
+            if not any(_is_in(name, layer) for name in layouts):
+                known = dict.fromkeys(name.rpartition(".")[0] for name in layouts)
+                raise ConfigError(f"{key} names '{layer}', which the model lacks: its layers are {', '.join(known)}")
+
+
+def _is_in(name: str, layer: str) -> bool:
+    """Whether a parameter is of a layer: fc1.weight of fc1.weight, of fc1, and features.0.weight of features."""
+    return name == layer or name.startswith(f"{layer}.")
+
+
+def owner_of(name: str, layers: dict[str, float]) -> str | None:
+    """The longest of the layers' names that a parameter is of."""
+    return max((layer for layer in layers if _is_in(name, layer)), key=len, default=None)
+
+
+def _watch(run: Run, stage: str, num_images: int) -> console.StageProgress:
+    num_batches = count_batches(num_images, run.schedule.batch_size)
+    return console.StageProgress(stage, getattr(run.schedule, stage).epochs, num_batches)
