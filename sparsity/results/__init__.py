@@ -199,11 +199,12 @@ def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
     accuracy, compression = result["accuracy"], result["compression"]
     before = next((accuracy[name]["test"] for name in ("dense", "regularized") if accuracy[name]["test"]), None)
     after = f"{accuracy['final']['test']:.2%}"
-    selected = accuracy["selected"]["epoch"]
-    note = (
-        f" (epoch {selected} by validation; last {_percent(accuracy['last']['test'])}" if selected is not None else ""
-    )
-    note += f", best on test {_percent(accuracy['best']['test'])})" if note else ""
+    note = ""
+    if "finetune" in result["stages"]:
+        epoch = accuracy["selected"]["epoch"]
+        chosen = "last epoch, nothing selected" if epoch is None else f"epoch {epoch}, selected on validation"
+        last, best = _percent(accuracy["last"]["test"]), _percent(accuracy["best"]["test"])
+        note = f" ({chosen}; last {last}; best on test, as the reference reports, {best})"
     return [
         f"test accuracy {_percent(before)} → {after}{note}",
         f"compression {_times(compression['weights'])} of weights, {_times(compression['parameters'])} with biases",
