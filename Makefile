@@ -6,7 +6,7 @@ ARGS ?=
 .PHONY: run test bench clean
 
 run: $(VENV)/.installed
-	$(VENV)/bin/python main.py data=digits schedule=smoke $(ARGS)
+	$(VENV)/bin/python main.py $(if $(filter data=%,$(ARGS)),,data=digits) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "slow or not slow"

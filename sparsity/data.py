@@ -26,6 +26,7 @@ class Images:
 
     images: Tensor
     labels: Tensor
+    device: torch.device | None = None  # of the batches; None: where the set is
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,7 +37,10 @@ class Images:
         return tuple(self.images.shape[1:])
 
     def to(self, device: torch.device | str) -> "Images":
-        """The set on a device."""
+        """The set on a device; one that would fill half a GPU's free memory stays, and its batches go there."""
+        device = torch.device(device)
+        if device.type == "cuda" and self.num_bytes > torch.cuda.mem_get_info(device)[0] / 2:
+            return replace(self, device=device)
         return Images(self.images.to(device), self.labels.to(device))
 
     def take(self, index: Tensor) -> "Images":
@@ -46,8 +50,9 @@ class Images:
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator["Images"]:
         """Batches of [members, batch] images in the members' orders [members, n]."""
+        target = self.device or self.images.device
         for index in cut(order.to(self.images.device), batch_size):
-            yield Images(self.images[index], self.labels[index])
+            yield Images(self.images[index].to(target), self.labels[index].to(target))
 
     @property
     def num_bytes(self) -> int:
