@@ -16,6 +16,8 @@ from sparsity.errors import SparsityError
 USER_MISTAKE, INTERRUPTED = 2, 130
 
 config.register()
+TRUST = config.admitted(sys.argv[1:])  # before Hydra composes, so that no YAML has a say in it
+os.environ["SPARSITY_TRUST"] = ",".join(TRUST)  # for the processes that a launcher starts
 
 
 @hydra.main(config_path="conf", config_name="config", execution_whitelist=config.TRUSTED)
@@ -24,11 +26,13 @@ def main(composed: DictConfig) -> tuple[float, ...]:
     from sparsity import experiment  # torch takes seconds to import, and --help and bad keys need none of it
 
     try:
-        return experiment.run_job(composed)
+        return experiment.run_job(composed, TRUST)
     except SparsityError as error:
-        if HydraConfig.get().mode is RunMode.MULTIRUN or os.environ.get("HYDRA_FULL_ERROR") == "1":
-            raise  # a sweep goes on with its other members
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
         logging.getLogger("sparsity").error(error)
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise  # a sweep goes on with its other members
         raise SystemExit(USER_MISTAKE) from error
 
 

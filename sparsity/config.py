@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import InstantiationException
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsity.errors import ConfigError
-from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range
+from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range, Seed
 from sparsity.schedules import SHAPES
 
 STAGES = ("pretrain", "regularize", "prune", "finetune")
@@ -65,7 +66,7 @@ class Data:
 
     loader: Call
     validation: NonNegative
-    validation_seed: Count
+    validation_seed: Seed
     normalize: Normalization | None
     root: str | None = None
 
@@ -127,10 +128,10 @@ class Run:
     schedule: Schedule
     optimizer: Call
     stages: list[Literal["pretrain", "regularize", "prune", "finetune"]]
-    seed: Annotated[int, Range(0, 2**63 - 1)]
+    seed: Seed
     device: str
     precision: Literal["float32", "bfloat16"]
-    threads: PositiveCount | None
+    threads: Annotated[int, Range(1, 1024)] | None
     sensitivity: float
     plots: bool
     objectives: list[Literal["accuracy", "compression", "macs", "nonzero"]]
@@ -139,17 +140,26 @@ class Run:
 
 
 def register() -> None:
-    """Tells Hydra which keys take any sub-key, so that `prune.layers.fc3=0.1` needs no plus sign."""
+    """Tells Hydra which keys take any sub-key, so that `prune.layers.fc3=0.1` needs no plus, and our resolver."""
     open_keys = OmegaConf.create({"prune": {"layers": {}}})
     OmegaConf.set_struct(open_keys.prune.layers, False)
     ConfigStore.instance().store(name="open_keys", node=open_keys, replace=True)
+    OmegaConf.register_resolver("directions", _directions, replace=True)
+
+
+def _directions(objectives: Sequence[str]) -> list[str]:
+    """The direction of each objective; an unknown one is refused by `read`, which says more."""
+    return [OBJECTIVES.get(name, "maximize") for name in objectives]
 
 
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
     """The config that a command line composes, and Hydra's own part of it."""
     register()
-    with hydra.initialize_config_dir(config_dir=str(_config_dir())):
-        composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    try:
+        with hydra.initialize_config_dir(config_dir=str(_config_dir())):
+            composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+    except HydraException as error:
+        raise ConfigError(" ".join(str(error).split())) from error
     with open_dict(composed):
         own = composed.pop("hydra")
     return composed, own
@@ -161,10 +171,23 @@ def _config_dir() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "conf"
 
 
-def read(config: DictConfig, *, overrides: Sequence[str], choices: Mapping[str, str | None]) -> Run:
+def admitted(arguments: Sequence[str]) -> list[str]:
+    """The modules whose code the user admits: `trust=` of a command line, and SPARSITY_TRUST.
+
+    To be asked before Hydra composes: a YAML can set variables and overrides, and must not admit code.
+    """
+    given = [argument.lstrip("+") for argument in arguments]
+    values = [OverridesParser.create().parse_override(entry).value() for entry in given if entry.startswith("trust=")]
+    named = [str(entry) for value in values for entry in (value if isinstance(value, list) else [value])]
+    return named + [entry for entry in os.environ.get("SPARSITY_TRUST", "").split(",") if entry]
+
+
+def read(
+    config: DictConfig, *, trust: Sequence[str] = (), choices: Mapping[str, str | None] = types.MappingProxyType({})
+) -> Run:
     """The checked run of a composed config.
 
-    overrides: the command line, which alone (with SPARSITY_TRUST) admits code from outside; choices: of each group.
+    trust: the modules that the user admits, from `admitted`; choices: of each group, for people to read.
     """
     try:
         node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -173,23 +196,18 @@ def read(config: DictConfig, *, overrides: Sequence[str], choices: Mapping[str, 
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
     name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
-    _check_trust(node.get("trust"), overrides)
-    run = check("", {**node, "name": name}, Run, (*TRUSTED, *_trusted(node.get("trust"))))
+    run = check("", {**node, "name": name}, Run, (*TRUSTED, *_patterns(trust)))
+    for entry in run.trust:
+        if entry not in trust:
+            raise ConfigError(f"trust=[{entry}] stands in a YAML: give it on the command line or in SPARSITY_TRUST")
     _check_together(run)
     return run
 
 
-def _check_trust(trust: Any, overrides: Sequence[str]) -> None:
-    """Only the command line and the environment may admit code: a YAML that could would admit its own."""
-    if trust and not any(override.lstrip("+").startswith("trust=") for override in overrides):
-        raise ConfigError(f"trust={trust} stands in a YAML: give it on the command line or in SPARSITY_TRUST")
-
-
-def _trusted(trust: Any) -> list[str]:
-    """Hydra's patterns for the modules and functions that the user admits."""
-    named = [entry for entry in os.environ.get("SPARSITY_TRUST", "").split(",") if entry]
-    named += [str(entry) for entry in ([trust] if isinstance(trust, str) else trust or [])]
-    return [pattern for entry in named for pattern in (entry.removesuffix(".*"), f"{entry.removesuffix('.*')}.*")]
+def _patterns(trust: Sequence[str]) -> list[str]:
+    """Hydra's patterns for modules and functions."""
+    bare = [entry.removesuffix(".*") for entry in trust]
+    return [pattern for entry in bare for pattern in (entry, f"{entry}.*")]
 
 
 def _check_together(run: Run) -> None:
@@ -203,6 +221,15 @@ def _check_together(run: Run) -> None:
         raise ConfigError(
             f"stages={_shown(run.stages)} needs a trained network: give model.weights=FILE, or begin with pretrain"
         )
+    epochs = sum(getattr(run.schedule, stage).epochs for stage in run.stages if stage in ("pretrain", "regularize"))
+    if run.model.weights is None and not epochs and {"prune", "finetune"} & set(run.stages):
+        raise ConfigError(
+            "schedule.pretrain.epochs and schedule.regularize.epochs are 0, so that nothing is trained before pruning "
+            "or finetuning: raise one, or give model.weights=FILE"
+        )
+    for layer in run.prune.layers:
+        if layer in run.prune.exclude:
+            raise ConfigError(f"prune.layers.{layer} does nothing, as prune.exclude names {layer} too: drop one")
     if run.data.validation >= 1 and run.data.validation != int(run.data.validation):
         raise ConfigError(
             f"data.validation must be a share below 1 or a whole number of images, got {run.data.validation}"
@@ -288,7 +315,7 @@ class _Reader:
             value = float(value)
         wanted = f"{NAMES.get(base, 'a value')}{f' {interval}' if interval and str(interval) else ''}"
         fits = base is Any or (isinstance(value, base) and isinstance(value, bool) == (base is bool))
-        is_finite = not isinstance(value, float) or math.isfinite(value)
+        is_finite = math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or value < 2**63
         if not fits or not is_finite or (interval is not None and value not in interval):
             raise ConfigError(f"{key} must be {wanted}, got {given!r}")
         return value
@@ -307,7 +334,7 @@ class _Reader:
         except InstantiationException as error:
             reason = str(error).splitlines()[0]
             package = target.split(".")[0]
-            if "whitelist" not in str(error) or package == "sparsity":
+            if "whitelist" not in str(error) or f"{package}.*" in self.trusted:
                 raise ConfigError(f"{key}._target_={target} cannot be used: {reason}") from error
             raise ConfigError(
                 f"{key}._target_={target} is code from outside: admit it by trust=[{package}] on the command line or "
@@ -320,10 +347,11 @@ class _Reader:
             parameters = inspect.signature(function).parameters
         except ValueError:
             return numbers
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return numbers
+        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for name in numbers:
-            if name not in parameters:
+            if name in GIVEN:
+                raise ConfigError(f"{_join(key, name)} is passed by the pipeline: take it out")
+            if name not in parameters and not takes_any:
                 raise ConfigError(f"{_join(key, name)} is no setting: {target} takes {', '.join(parameters)}")
         for name, parameter in parameters.items():
             is_ours = target.startswith("sparsity.") and parameter.kind is parameter.KEYWORD_ONLY
@@ -370,7 +398,7 @@ def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
             lines.append(f"{key} does nothing: stages={_shown(run.stages)} has no {needs}")
         elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
-        elif key in ("optimizer", "schedule", "schedule.batch_size") and not set(run.stages) - {"prune"}:
+        elif (group == "optimizer" or key in ("schedule", "schedule.batch_size")) and not set(run.stages) - {"prune"}:
             lines.append(f"{key} does nothing: stages={_shown(run.stages)} trains nothing")
         elif key == "data.validation_seed" and not run.data.validation:
             lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")

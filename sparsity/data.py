@@ -4,6 +4,7 @@ A loader returns a `Source`: (train, test, num_classes[, validation]), each set 
 tensors (images [n, *shape], labels [n]).
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy
+import psutil
 import torch
 from torch import Tensor
 
@@ -158,9 +161,15 @@ class Splits:
             images = images.float().mul_(1 / 255)
         if self.mean is None:
             return images
-        axes = [-1] + [1] * (len(self.input_shape) - 1)
-        mean, std = (torch.tensor(numbers, device=images.device).view(axes) for numbers in (self.mean, self.std))
+        num_axes = len(self.input_shape)
+        mean, std = (_column(tuple(numbers), num_axes, images.device) for numbers in (self.mean, self.std))
         return (images - mean) / std
+
+
+@functools.lru_cache
+def _column(numbers: tuple[float, ...], num_axes: int, device: torch.device) -> Tensor:
+    """Numbers [channels] with an axis of 1 for each further axis of an image; made once, not once a batch."""
+    return torch.tensor(numbers, device=device).view(-1, *[1] * (num_axes - 1))
 
 
 def split(source: Any, *, validation: float, seed: int, normalize: dict[str, list[float]] | None) -> Splits:
@@ -169,7 +178,10 @@ def split(source: Any, *, validation: float, seed: int, normalize: dict[str, lis
     validation: a share of train below 1, or a number of images; 0 trains on everything. A source that brings its own
     validation set keeps it unless validation is 0.
     """
-    source = Source(*source)
+    try:
+        source = Source(*source)
+    except TypeError as error:
+        raise DataError("a loader must return (train, test, num_classes), or (…, validation) too") from error
     train, test, held_out = (_as_set(part, name) for part, name in zip(source[:2] + source[3:], SETS))
     _check_labels(train, test, held_out, source.num_classes)
     if held_out is None and validation:
@@ -181,13 +193,14 @@ def split(source: Any, *, validation: float, seed: int, normalize: dict[str, lis
             )
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
         train, held_out = train.take(order[size:]), train.take(order[:size])
-    elif not validation:
-        held_out = None
+    elif not validation and held_out is not None:
+        train, held_out = _joined(train, held_out), None
     mean, std = _checked_normalization(normalize, train.shape)
     return Splits(train, held_out, test, source.num_classes, mean, std)
 
 
 SETS = ("train", "test", "validation")
+FOLDERS = ("train", "test", "val", "valid", "validation")  # of an image folder with sets of its own
 
 
 def _as_set(part: Any, name: str) -> Images | Files | None:
@@ -197,9 +210,11 @@ def _as_set(part: Any, name: str) -> Images | Files | None:
     if not isinstance(part, (Images, Files)):
         try:
             images, labels = part
-            part = Images(images, labels.long())
+            part = Images(torch.as_tensor(images), torch.as_tensor(labels))
         except (TypeError, ValueError, AttributeError) as error:
             raise DataError(f"the {name} set of a loader must be a pair (images, labels) of tensors") from error
+    if isinstance(part, Images):
+        part = _checked_images(part, name)
     if len(part) == 0:
         raise DataError(f"the {name} set is empty: give it at least one image")
     if isinstance(part, Images) and len(part.images) != len(part.labels):
@@ -207,9 +222,31 @@ def _as_set(part: Any, name: str) -> Images | Files | None:
     return part
 
 
+def _checked_images(part: Images, name: str) -> Images:
+    """A held set whose images are uint8 or finite float32, with one label an image."""
+    images, labels = part.images.detach(), part.labels
+    if labels.ndim != 1 or labels.is_floating_point():
+        raise DataError(f"the {name} labels must be whole numbers [n], got {labels.dtype} {list(labels.shape)}")
+    if images.is_floating_point():
+        images = images.float()
+        if not images.isfinite().all():
+            raise DataError(f"the {name} images hold NaN or infinity: mend them")
+    elif images.dtype is not torch.uint8:
+        raise DataError(f"the {name} images must be uint8 or floating point, got {images.dtype}")
+    return Images(images, labels.long())
+
+
+def _joined(one: Images | Files, other: Images | Files) -> Images | Files:
+    """Two sets as one."""
+    labels = torch.cat([one.labels, other.labels])
+    if isinstance(one, Files):
+        return replace(one, paths=one.paths + other.paths, labels=labels)
+    return Images(torch.cat([one.images, other.images]), labels)
+
+
 def _check_labels(train: Any, test: Any, validation: Any, num_classes: int) -> None:
-    if num_classes < 2:
-        raise DataError(f"the data has {num_classes} class: a classifier needs at least 2")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise DataError(f"the data has {num_classes} class(es): a classifier needs a whole number of at least 2")
     for name, part in zip(SETS, (train, test, validation)):
         if part is None:
             continue
@@ -309,12 +346,20 @@ def image_folder(
     if not base.is_dir():
         raise DataError(f"data.root={root} is no folder: give a folder that holds one folder of images for each class")
     train_folder = base / "train" if (base / "train").is_dir() else base
+    sets = [folder.name for folder in base.iterdir() if folder.is_dir() and folder.name.lower() in FOLDERS]
+    if train_folder == base and sets:
+        raise DataError(
+            f"data.root={root} holds {', '.join(sorted(sets))} but no train: name its folders train, test, val"
+        )
     classes = _class_names(train_folder, find_classes)
     index = {name: number for number, name in enumerate(classes)}
     read = _reader(size, channels)
     shape = (channels, *size)
 
     def load(folder: Path) -> Files:
+        strange = [name for name in _class_names(folder, find_classes) if name not in index]
+        if strange:
+            raise DataError(f"data.root={root}: {folder.name} has classes that train lacks: {', '.join(strange[:5])}")
         try:
             samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
         except FileNotFoundError as error:
@@ -323,7 +368,7 @@ def image_folder(
         return Files([path for path, _ in samples], torch.tensor([label for _, label in samples]), shape, read)
 
     train = load(train_folder)
-    held_out = next((base / name for name in ("val", "valid", "validation") if (base / name).is_dir()), None)
+    held_out = next((base / name for name in FOLDERS[2:] if (base / name).is_dir()), None)
     validation = load(held_out) if held_out and train_folder != base else None
     train, rest = (train, load(base / "test")) if _has_test(base, train_folder) else _split_off(train, test, root)
     sets = [train, rest, validation]
@@ -368,8 +413,10 @@ def _reader(size: list[int], channels: int) -> Callable[[str], Tensor]:
 
         try:
             with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits of grey, which convert would cut off at 255
+                    image = Image.fromarray((numpy.asarray(image).astype("int64") >> 8).clip(0, 255).astype("uint8"))
                 pixels = pil_to_tensor(image.convert("L" if channels == 1 else "RGB"))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # readers of many formats, which raise whatever they trip over
             raise DataError(f"data.root: {path} is no image that can be read: mend or remove it") from error
         return pixels if list(pixels.shape[1:]) == size else resize(pixels, size, antialias=True)
 
@@ -379,7 +426,7 @@ def _reader(size: list[int], channels: int) -> Callable[[str], Tensor]:
 def _too_large(sets: list[Files | None]) -> bool:
     """Whether the images would take more than half of the memory that is free."""
     num_bytes = sum(len(part) * int(torch.Size(part.shape).numel()) for part in sets if part)
-    return num_bytes > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2
+    return num_bytes > psutil.virtual_memory().available / 2
 
 
 def _read_all(files: Files) -> Images:

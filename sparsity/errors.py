@@ -1,6 +1,12 @@
 """What a user can do wrong: one line that names the key, the value and the remedy."""
 
 
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's code says, in one short line."""
+    text = " ".join(str(error).split())
+    return text[:200] or type(error).__name__
+
+
 class SparsityError(Exception):
     """A mistake that the user can mend; its message is one line."""
 

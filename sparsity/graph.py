@@ -22,8 +22,8 @@ KEEPS_CHANNELS = frozenset((
     "interpolate", "log_softmax", "softmax",
 ))
 # fmt: on
-# Functions that may flatten channels and positions into one axis, channels first.
-FLATTENS = frozenset(("flatten", "view", "reshape", "squeeze", "squeeze_"))
+# Functions that may put channels and positions into one axis, channels first, or average the positions.
+FLATTENS = frozenset(("flatten", "view", "reshape", "squeeze", "squeeze_", "mean"))
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Layer:
     """A weight that a linear layer or a convolution uses."""
 
     name: str  # the weight's
-    num_positions: int  # output positions of one image, over all uses: a convolution's pixels, 1 for vectors
+    num_positions: int  # of one image, over all uses: output pixels of a convolution, 1 for vectors
     source: str | None = None  # the one layer whose channels it reads, or None: the input, or where branches meet
     spread: int = 1  # its inputs for each channel of the source: the positions that a flatten put side by side
     target: str | None = None  # the one layer that reads its channels, or None: the output, or where branches part
@@ -45,7 +45,8 @@ def trace(module: nn.Module, images: Tensor) -> dict[str, Layer]:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     recorder = _Recorder(names, len(images))
     with torch.no_grad(), recorder:
-        module.eval()(images)
+        outputs = module.eval()(images)
+    recorder.close(outputs)
     return recorder.linked()
 
 
@@ -55,6 +56,7 @@ class _Channels:
 
     layer: str
     count: int  # channels, as the layer made them
+    axis: int  # where they lie
     spread: int = 1
 
 
@@ -74,59 +76,52 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, arguments: Any = (), keywords: Any = None
     ) -> Any:
-        keywords = keywords or {}
-        result = function(*arguments, **keywords)
-        name = getattr(function, "__name__", "")
-        if isinstance(result, Tensor):
+        result = function(*arguments, **(keywords or {}))
+        results = _tensors(result)
+        if results:  # a size or a flag reads no channels
             self.alive += [result, arguments, keywords]
-            self._note(name, list(arguments) + list(keywords.values()), result)
+            self._note(getattr(function, "__name__", ""), _tensors((arguments, keywords)), results)
         return result
 
-    def _note(self, function: str, arguments: list[Any], result: Tensor) -> None:
-        tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        weight = next((self.names[id(t)] for t in tensors if id(t) in self.names and t.ndim > 1), None)
-        inputs = [tensor for tensor in tensors if id(tensor) not in self.names]
-        if weight is not None and (function == "linear" or function.startswith("conv")):
-            self._note_layer(function, weight, inputs[0], result)
-        elif function in KEEPS_CHANNELS and id(inputs[0]) in self.origin:
-            self.origin[id(result)] = self.origin[id(inputs[0])]
-        elif function in FLATTENS and id(inputs[0]) in self.origin and result.shape[0] == inputs[0].shape[0]:
-            self._note_flatten(inputs[0], result)
-        elif result.is_floating_point():
-            for tensor in inputs:
-                self._read(tensor, None)
-            self.origin.pop(id(result), None)  # changed in place, it has other channels now
+    def _note(self, function: str, arguments: list[Tensor], results: list[Tensor]) -> None:
+        weight = next((self.names[id(t)] for t in arguments if id(t) in self.names and t.ndim > 1), None)
+        inputs = [tensor for tensor in arguments if id(tensor) not in self.names]
+        origin = self.origin.get(id(inputs[0])) if inputs else None
+        if inputs and weight is not None and (function == "linear" or function.startswith("conv")):
+            self._note_layer(function, weight, inputs[0], results[0])
+        elif origin and len(results) == 1 and function in KEEPS_CHANNELS:
+            self.origin[id(results[0])] = origin
+        elif origin and len(results) == 1 and function in FLATTENS and (found := _flat(origin, inputs[0], results[0])):
+            self.origin[id(results[0])] = found
+        else:
+            self.close(inputs)
+            for result in results:
+                self.origin.pop(id(result), None)  # changed in place, it has other channels now
 
     def _note_layer(self, function: str, weight: str, images: Tensor, result: Tensor) -> None:
-        channels = result.shape[-1] if function == "linear" else result.shape[1]
-        num_positions = result.numel() // (self.batch * channels)
-        origin = self._read(images, weight)
+        axis = result.ndim - 1 if function == "linear" else 1
+        channels = result.shape[axis]
+        # each input position of a transposed convolution meets the whole kernel, each output position of the others
+        positions = images.numel() // images.shape[1] if "transpose" in function else result.numel() // channels
+        num_positions = positions // self.batch
         if weight in self.layers:
             self.reused.add(weight)
             num_positions += self.layers[weight].num_positions
-        # a linear layer on a map of more than two axes reads its last axis, which is no channel axis
-        follows = origin is not None and (images.ndim == 2 or function != "linear")
-        self.layers[weight] = Layer(
-            weight,
-            num_positions,
-            source=origin.layer if follows else None,
-            spread=origin.spread if follows else 1,
-        )
-        self.origin[id(result)] = _Channels(weight, channels)
+        origin = self.origin.get(id(images))
+        follows = origin is not None and origin.axis == (images.ndim - 1 if function == "linear" else 1)
+        self._read(images, weight if follows else None)
+        source, spread = (origin.layer, origin.spread) if follows else (None, 1)
+        self.layers[weight] = Layer(weight, num_positions, source, spread)
+        self.origin[id(result)] = _Channels(weight, channels, axis)
 
-    def _note_flatten(self, images: Tensor, result: Tensor) -> None:
-        origin = self.origin[id(images)]
-        width = result.shape[1] if result.ndim == 2 else 0
-        if result.shape == images.shape or (result.ndim == 2 and width % origin.count == 0 and images.ndim > 2):
-            self.origin[id(result)] = _Channels(origin.layer, origin.count, max(1, width // origin.count))
-        else:
-            self._read(images, None)
+    def _read(self, tensor: Tensor, reader: str | None) -> None:
+        if id(tensor) in self.origin:
+            self.readers.setdefault(self.origin[id(tensor)].layer, []).append(reader)
 
-    def _read(self, tensor: Tensor, reader: str | None) -> _Channels | None:
-        origin = self.origin.get(id(tensor))
-        if origin is not None:
-            self.readers.setdefault(origin.layer, []).append(reader)
-        return origin
+    def close(self, outputs: Any) -> None:
+        """Notes that something other than a layer reads these tensors."""
+        for tensor in _tensors(outputs):
+            self._read(tensor, None)
 
     def linked(self) -> dict[str, Layer]:
         """The layers with their targets; those that are used twice stand alone."""
@@ -145,3 +140,19 @@ class _Recorder(TorchFunctionMode):
             )
             for name, layer in self.layers.items()
         }
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _flat(origin: _Channels, images: Tensor, result: Tensor) -> _Channels | None:
+    """The channels after a reshape: the same, or with their positions beside them; None for any other."""
+    if result.shape == images.shape:
+        return origin
+    if origin.axis != 1 or images.ndim < 3 or result.shape[:1] != images.shape[:1]:
+        return None
+    if result.shape[:2] == images.shape[:2]:  # positions alone were flattened or averaged
+        return origin
+    is_flat = result.ndim == 2 and result.numel() == images.numel()
+    return replace(origin, spread=origin.spread * result.shape[1] // images.shape[1]) if is_flat else None

@@ -1,5 +1,6 @@
 """Network factories: given the data's `input_shape` and `num_classes`, a module that takes a batch."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -8,8 +9,9 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from sparsity.errors import ConfigError
+from sparsity.errors import ConfigError, reason
 from sparsity.kinds import PositiveCount
 
 
@@ -89,19 +91,13 @@ def torchvision(
 
 
 def _fit_first_layer(network: nn.Module, channels: int) -> None:
-    """Replaces the first convolution by one that takes the data's channels."""
+    """Replaces the first convolution by one that takes the data's channels, drawn as the network draws its own."""
     name, first = next((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
     if first.in_channels == channels:
         return
-    fitted = nn.Conv2d(
-        channels,
-        first.out_channels,
-        first.kernel_size,
-        first.stride,
-        first.padding,
-        first.dilation,
-        bias=first.bias is not None,
-    )
+    fitted = copy.deepcopy(first)
+    fitted.in_channels = channels
+    fitted.weight = nn.Parameter(first.weight.detach()[:, torch.arange(channels) % first.in_channels].clone())
     parent, _, leaf = name.rpartition(".")
     setattr(network.get_submodule(parent), leaf, fitted)
 
@@ -112,7 +108,12 @@ def build(factory: Callable[..., nn.Module], input_shape: tuple[int, ...], num_c
     taken = {name: value for name, value in given.items() if name in inspect.signature(factory).parameters}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return factory(**taken)
+        module = factory(**taken)
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"the factory gave a {type(module).__name__}, not a torch.nn.Module")
+        if any(is_lazy(parameter) for parameter in module.parameters()):
+            module(torch.zeros(2, *input_shape))  # now they have their shapes, and are drawn
+        return module
 
 
 def check_fits(module: nn.Module, images: Tensor, num_classes: int, name: str) -> None:
@@ -121,26 +122,11 @@ def check_fits(module: nn.Module, images: Tensor, num_classes: int, name: str) -
     try:
         with torch.no_grad():
             outputs = module.eval()(images)
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model={name} does not fit the data, whose images are {shape}: {reason}") from error
+    except Exception as error:  # whatever a module of the user's own may raise
+        raise ConfigError(f"model={name} does not fit the data, whose images are {shape}: {reason(error)}") from error
     if not isinstance(outputs, Tensor) or outputs.shape != (len(images), num_classes):
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ConfigError(
             f"model={name} does not fit the data: a batch of {len(images)} images {shape} must give outputs "
             f"{[len(images), num_classes]}, got {got}"
         )
-
-
-def draws_random_numbers(module: nn.Module) -> bool:
-    """Whether a training pass through the module is random, as with dropout."""
-    from torch.nn.modules.dropout import _DropoutNd
-    from torch.nn.modules.rnn import RNNBase
-
-    return any(
-        (isinstance(part, _DropoutNd) and part.p > 0)
-        or (isinstance(part, (RNNBase, nn.MultiheadAttention)) and part.dropout > 0)
-        or type(part).__name__ == "StochasticDepth"
-        or isinstance(part, nn.RReLU)
-        for part in module.modules()
-    )

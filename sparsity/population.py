@@ -39,10 +39,18 @@ class Population:
         """One member, as a population of one."""
         return self.map(lambda tensor: tensor[index : index + 1])
 
+    @property
+    def trainable(self) -> Tensors:
+        """The parameters that their module does not freeze."""
+        frozen = {name for name, parameter in self.module.named_parameters() if not parameter.requires_grad}
+        return {name: parameter for name, parameter in self.parameters.items() if name not in frozen}
+
     def state(self, index: int) -> Tensors:
-        """One member's parameters and buffers by name, on the CPU."""
+        """One member's `state_dict`, on the CPU: a tied tensor under each of its names."""
         tensors = {**self.parameters, **self.buffers}
-        return {name: tensor[index].detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        own = {id(t): name for name, t in (*self.module.named_parameters(), *self.module.named_buffers())}
+        named = {key: tensors[own[id(t)]] for key, t in self.module.state_dict(keep_vars=True).items() if id(t) in own}
+        return {key: tensor[index].detach().to("cpu", copy=True).contiguous() for key, tensor in named.items()}
 
 
 PARTS = ("parameters", "buffers", "masks")
@@ -58,23 +66,6 @@ def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu") -> P
 
     parameters = stacked(lambda module: module.named_parameters())
     return Population(first, layouts(first), parameters, stacked(lambda module: module.named_buffers()))
-
-
-def join(populations: Sequence[Population]) -> Population:
-    """One population of the members of several, in order; a mask that some lack keeps everything there."""
-    first = populations[0]
-    masked = {name for population in populations for name in population.masks}
-
-    def mask(population: Population, name: str) -> Tensor:
-        kept = torch.ones_like(population.parameters[name], dtype=torch.bool)
-        return population.masks.get(name, kept)
-
-    return replace(
-        first,
-        parameters={name: torch.cat([p.parameters[name] for p in populations]) for name in first.parameters},
-        buffers={name: torch.cat([p.buffers[name] for p in populations]) for name in first.buffers},
-        masks={name: torch.cat([mask(p, name) for p in populations]) for name in first.parameters if name in masked},
-    )
 
 
 def choose(which: Tensor, new: Population, old: Population) -> Population:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsity.data import Splits
+from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
 from sparsity.training import Loop, Penalty, Trained, Watcher, train
@@ -23,6 +24,7 @@ class Rule:
     whole: bool
     structural: bool
     pools: list[tuple[list[str], Tensor]]  # names of parameters that are pruned together, and their sensitivity
+    excluded: frozenset[str] = frozenset()  # names that are not pruned, whatever the rule
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,10 @@ def prune(population: Population, parts: Ingredients) -> Pruned:
 
 def finetune(population: Population, parts: Ingredients) -> Trained:
     """Training in which every zero weight and bias stays zero; the epoch is selected on validation."""
-    masks = {
-        name: parameter != 0
-        for name, parameter in population.parameters.items()
-        if population.layouts[name].kind != "normalization" and not parameter.all()
-    }
+    masks = dict(population.masks)
+    for name, parameter in population.parameters.items():
+        if population.layouts[name].kind != "normalization" and not parameter.all():
+            masks[name] = parameter != 0
     return _train("finetune", replace(population, masks=masks), parts, select=True)
 
 
@@ -112,7 +113,9 @@ def _masks(population: Population, rule: Rule) -> Tensors:
             shape = tuple(population.parameters[name].shape[1:])
             masks[name] = torch.stack([from_view(view, layouts[name], shape) for view in views[name]])
     if rule.structural:
-        masks |= _bias_masks(population, masks)
+        for name, mask in _bias_masks(population, masks).items():
+            if name not in rule.excluded:
+                masks[name] = mask & masks[name] if name in masks else mask
     return masks
 
 
@@ -155,4 +158,18 @@ def _thresholds(population: Population, rule: Rule) -> dict[str, list[float]]:
 
 
 def _stds(parameter: Tensor) -> list[float]:
-    return parameter.double().flatten(1).std(1, correction=0).tolist()
+    return parameter.double().reshape(len(parameter), -1).std(1, correction=0).tolist()
+
+
+def rehearse(population: Population, parts: Ingredients) -> None:
+    """Raises what the penalty or the rule would raise on the population, before anything trains; changes nothing."""
+    if parts.penalty is not None:
+        one = {name: parameter[0].detach() for name, parameter in population.parameters.items()}
+        value = parts.penalty.function(one, **{name: number[0] for name, number in parts.penalty.numbers.items()})
+        if value.shape != ():
+            raise ConfigError(f"reg.penalty must give a scalar, got one of shape {list(value.shape)}")
+    masks = _masks(population, parts.rule)
+    _thresholds(population, parts.rule)
+    for name, mask in masks.items():
+        if mask.dtype is not torch.bool:
+            raise ConfigError(f"prune.rule must give a boolean mask, got {mask.dtype} for {name}")

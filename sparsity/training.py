@@ -90,8 +90,8 @@ def train(
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
     among them. Training ends early when every member has diverged.
     """
-    population = _trainable(population)
-    optimizer = loop.optimizer(list(population.parameters.values()))
+    population = _leaves(population)
+    optimizer = loop.optimizer(list(population.trainable.values()))
     step = _step(population, splits, loop, penalty, optimizer)
     memory = _Memory(population, select and splits.validation is not None)
     if select:
@@ -109,12 +109,24 @@ def train(
     return memory.trained()
 
 
-def _trainable(population: Population) -> Population:
-    """A copy whose parameters are leaves that record gradients."""
+def _leaves(population: Population) -> Population:
+    """A copy whose parameters are leaves; those that are not frozen record gradients."""
     population = population.clone()
-    for parameter in population.parameters.values():
+    for parameter in population.trainable.values():
         parameter.requires_grad_()
     return population
+
+
+def try_step(population: Population, splits: Splits, loop: Loop) -> None:
+    """Raises what a training step would raise on two images; changes nothing."""
+    population = _leaves(population)
+    objective = over_members(_member_objective(population.module.train(), loop, None), population.num_members, (0,) * 5)
+    order = torch.zeros(population.num_members, 2, dtype=torch.long)
+    batch = next(splits.train.batches(order, 2))
+    images = _arrangement(population)(splits.scale(batch.images))
+    with torch.random.fork_rng(devices=_cuda_devices(population)):
+        losses, _ = objective(population.parameters, population.buffers, {}, images, batch.labels)
+        losses.sum().backward()
 
 
 def _run_epoch(
@@ -144,11 +156,11 @@ def _step(
     population: Population, splits: Splits, loop: Loop, penalty: Penalty | None, optimizer: torch.optim.Optimizer
 ) -> Callable[[Images], Tensor]:
     """The function that takes one optimizer step on a batch and returns [3, members], as `_run_epoch`."""
-    module, device = population.module, _device(population)
-    objective = over_members(_member_objective(module, loop, penalty, device), population.num_members, (0,) * 5)
+    module = population.module
+    objective = over_members(_member_objective(module, loop, penalty), population.num_members, (0,) * 5)
     numbers = {} if penalty is None else penalty.numbers
     masks = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
-    masked = [population.parameters[name] for name in masks]
+    masked = [(parameter, masks[name]) for name, parameter in population.trainable.items() if name in masks]
     arrange = _arrangement(population)
 
     def step(batch: Images) -> Tensor:
@@ -157,17 +169,16 @@ def _step(
         total = losses if penalty is None else losses + penalty.decay * penalties
         optimizer.zero_grad()
         total.sum().backward()  # no member's gradient depends on another's loss
-        if masked:
-            torch._foreach_mul_([parameter.grad for parameter in masked], list(masks.values()))
+        held = [(parameter.grad, mask) for parameter, mask in masked if parameter.grad is not None]
+        if held:
+            torch._foreach_mul_(*map(list, zip(*held)))
         optimizer.step()
         return torch.stack([losses, penalties, total]).detach()
 
     return step
 
 
-def _member_objective(
-    module: nn.Module, loop: Loop, penalty: Penalty | None, device: torch.device
-) -> Callable[..., tuple[Tensor, Tensor]]:
+def _member_objective(module: nn.Module, loop: Loop, penalty: Penalty | None) -> Callable[..., tuple[Tensor, Tensor]]:
     """One member's cross-entropy and penalty, as a function of all that may differ between members."""
 
     def objective(
@@ -252,7 +263,9 @@ class _Memory:
         watcher.epoch(row)
 
     def _note_divergence(self, row: Epoch, population: Population) -> None:
-        finite = torch.stack([p.detach().flatten(1).isfinite().all(1) for p in population.parameters.values()]).all(0)
+        members = population.num_members
+        each = [p.detach().reshape(members, -1).isfinite().all(1) for p in population.parameters.values()]
+        finite = torch.stack(each).all(0)
         if row.objective is not None:
             finite = finite.cpu() & torch.tensor(row.objective).isfinite()
         for member, is_finite in enumerate(finite.tolist()):
@@ -282,6 +295,8 @@ def _arrangement(population: Population) -> Callable[[Tensor], Tensor]:
         return lambda images: images
 
     def channels_last(images: Tensor) -> Tensor:
+        if images.ndim != 5:
+            return images
         return images.squeeze(0).contiguous(memory_format=torch.channels_last).unsqueeze(0)
 
     return channels_last

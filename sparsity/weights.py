@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,16 @@ def read_state(path: str | Path, key: str = "model.weights") -> Tensors:
     for wrapper in ("state_dict", "model_state_dict"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, Mapping) or not state or not all(map(_is_named_tensor, state.items())):
         raise WeightsError(f"{key}={path} holds no state_dict: save one by torch.save(model.state_dict(), …)")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return dict(state)
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, tensor = item
+    return isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -64,7 +69,7 @@ def _read_torch(path: Path, key: str) -> Any:
                 "save its state_dict by torch.save(model.state_dict(), …) and give that"
             ) from error
         raise WeightsError(f"{key}={path} is damaged or no weights file: take another copy") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # the unpickler raises whatever a damaged file makes it trip over
         raise WeightsError(f"{key}={path} is damaged or cut short: take another copy") from error
 
 
@@ -73,22 +78,33 @@ def fill(module: nn.Module, state: Tensors, source: str | Path, key: str = "mode
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
     unexpected = sorted(state.keys() - own.keys())
+    both = [(name, state[name], own[name]) for name in own if name in state]
     shapes = [
-        f"{name} is {list(state[name].shape)} for {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} is {list(one.shape)} for {list(other.shape)}" for name, one, other in both if one.shape != other.shape
+    ]
+    kinds = [
+        f"{name} is {one.dtype} for {other.dtype}"
+        for name, one, other in both
+        if one.is_floating_point() != other.is_floating_point() or one.is_complex()
     ]
     trouble = [
         f"{word}: {_listed(names)}"
-        for word, names in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", shapes))
+        for word, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("mis-shaped", shapes),
+            ("of another type", kinds),
+        )
         if names
     ]
     if trouble:
         raise WeightsError(f"{key}={source} does not fit the model; {'; '.join(trouble)}: choose the model it is of")
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    state = OrderedDict(state)
+    state._metadata = module.state_dict()._metadata  # the versions that layers wrote it in, as torch hands them on
+    module.load_state_dict(state)
+    bad = [name for name, tensor in module.state_dict().items() if not tensor.isfinite().all()]
     if bad:
         raise WeightsError(f"{key}={source} holds NaN or infinity in {_listed(bad)}: take another checkpoint")
-    module.load_state_dict(state)
     return module
 
 
@@ -122,8 +138,10 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
 
 
 def _rebuild(path: str | Path) -> nn.Module:
-    with safetensors.safe_open(path, framework="pt") as file:
-        described = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
+    described = None
+    if _is_safetensors(Path(path)):
+        with safetensors.safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
     if described is None:
         raise WeightsError(f"path={path} does not say which network it is of: give load(path, module=…)")
     package, _, name = described["factory"].pop("_target_").rpartition(".")

@@ -13,7 +13,7 @@ NEEDED = {("model", "custom"): ["model.factory._target_=sparsity.models.lenet300
 
 def read(*overrides):
     composed, hydra = config.compose(overrides)
-    return config.read(composed, overrides=hydra.overrides.task, choices=hydra.runtime.choices)
+    return config.read(composed, trust=config.admitted(overrides), choices=hydra.runtime.choices)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -101,8 +101,8 @@ def test_trust_comes_from_the_command_line_or_the_environment(monkeypatch):
 
 def test_trust_in_a_yaml_is_refused():
     composed, _ = config.compose(["trust=[collections]"])
-    with pytest.raises(ConfigError, match=r"trust=\['collections'\] stands in a YAML"):
-        config.read(composed, overrides=[], choices={})
+    with pytest.raises(ConfigError, match=r"trust=\[collections\] stands in a YAML"):
+        config.read(composed)
 
 
 def test_settings_that_do_nothing_are_named():

@@ -1,7 +1,7 @@
 """Configs → populations → stages → results: the only room that knows the whole way."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsity import config, results
 from sparsity.errors import ConfigError, SparsityError
-from sparsity.experiment.parts import device_of, first_population, load_data, machine
+from sparsity.experiment.parts import (
+    can_be_stacked,
+    check_methods,
+    device_of,
+    first_population,
+    ingredients,
+    load_data,
+    machine,
+)
 from sparsity.experiment.record import Job, Record
-from sparsity.models import draws_random_numbers
 
 log = logging.getLogger("sparsity")
 
@@ -25,34 +32,42 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     Raises a SparsityError for a mistake of the user's. Sweeps (`-m`) are for the command line.
     """
+    if not log.hasHandlers():  # in a notebook, where nobody else shows what a run says
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    trust = config.admitted(overrides)
     composed, hydra = config.compose(overrides)
-    return _run_one(composed, Path(hydra.run.dir).absolute(), list(hydra.overrides.task), hydra.runtime.choices)
+    return _run_one(composed, hydra, Path(hydra.run.dir).absolute(), trust)
 
 
-def run_job(composed: DictConfig) -> tuple[float, ...]:
-    """Runs one job of Hydra's and returns its objectives, for a sweeper."""
+def run_job(composed: DictConfig, trust: Sequence[str] = ()) -> tuple[float, ...]:
+    """Runs one job of Hydra's and returns its objectives, for a sweeper; trust: from `config.admitted`."""
     hydra = HydraConfig.get()
-    is_sweep, search = hydra.mode is RunMode.MULTIRUN, hydra.runtime.choices.get("search")
-    if search and not is_sweep:
-        raise ConfigError(f"search={search} needs a sweep: add -m, as in python main.py -m search={search}")
-    if search and not composed.data.validation:
-        raise ConfigError(f"data.validation=0 leaves search={search} nothing to select on: set it above 0")
-    folder = Path(hydra.runtime.output_dir)
-    result = _run_one(composed, folder, list(hydra.overrides.task), hydra.runtime.choices)
+    result = _run_one(composed, hydra, Path(hydra.runtime.output_dir), trust)
     return results.objectives(result, composed.objectives)
 
 
-def _run_one(
-    composed: DictConfig, folder: Path, overrides: Sequence[str], choices: Mapping[str, str | None]
-) -> dict[str, Any]:
-    checked = config.read(composed, overrides=overrides, choices=choices)
-    idle = config.idle_settings(checked, overrides)
+def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> dict[str, Any]:
+    _check_search(composed, hydra)
+    checked = config.read(composed, trust=trust, choices=hydra.runtime.choices)
+    idle = config.idle_settings(checked, list(hydra.overrides.task))
     for line in idle:
         log.warning(f"warning: {line}")
     outcome = run_members([Job(checked, folder, OmegaConf.to_container(composed, resolve=True), idle)])[0]
     if isinstance(outcome, SparsityError):
         raise outcome
     return outcome
+
+
+def _check_search(composed: DictConfig, hydra: DictConfig) -> None:
+    """A search needs a sweep, and whatever chooses members by their accuracy needs images to choose on."""
+    search, sweeper = hydra.runtime.choices.get("search"), hydra.runtime.choices.get("hydra/sweeper")
+    is_sweep = hydra.mode is RunMode.MULTIRUN
+    if search and not is_sweep:
+        raise ConfigError(f"search={search} needs a sweep: add -m, as in python main.py -m search={search}")
+    if is_sweep and sweeper != "basic" and composed.data.validation == 0:
+        chooser = f"search={search}" if search else f"hydra/sweeper={sweeper}"
+        raise ConfigError(f"data.validation=0 leaves {chooser} nothing to select on: set it above 0")
 
 
 def run_members(jobs: Sequence[Job]) -> list[Outcome]:
@@ -65,9 +80,11 @@ def run_members(jobs: Sequence[Job]) -> list[Outcome]:
         device = device_of(runs[0].device)
         splits = load_data(runs[0]).to(device)
         population = first_population(runs, splits, device)
-        if len(jobs) > 1 and draws_random_numbers(population.module):
+        parts = ingredients(runs, splits, population, device)
+        check_methods(runs[0], population, parts)
+        if not can_be_stacked(population, parts):
             return [run_members([job])[0] for job in jobs]
-        record = Record(jobs, splits, population, device)
+        record = Record(jobs, parts, population, device)
         for stage in runs[0].stages:
             record.advance(stage)
             if record.all_failed:

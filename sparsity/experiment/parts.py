@@ -1,7 +1,7 @@
 """What a population is made of: device, data, members and the ingredients of its stages, each checked."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,13 +11,13 @@ from sparsity import config as schema
 from sparsity import console, stages
 from sparsity.config import Run
 from sparsity.data import Splits, count_batches, split
-from sparsity.errors import ConfigError
+from sparsity.errors import ConfigError, DataError, SparsityError, reason
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Ingredients, derived_seed
 from sparsity.tensors import Layout
-from sparsity.training import Loop, Penalty
+from sparsity.training import Loop, Penalty, try_step
 from sparsity.weights import fill, read_state
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,7 +30,7 @@ def device_of(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
+    except Exception as error:  # each backend refuses in its own way
         there = ["auto", "cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise ConfigError(f"device={name} is not there: this machine has {', '.join(there)}") from error
     if device.type == "meta":
@@ -57,8 +57,10 @@ def load_data(run: Run) -> Splits:
     """The run's data, split."""
     try:
         source = run.data.loader.partial()()
-    except (TypeError, OSError) as error:
-        raise ConfigError(f"data={run.name.get('data')} cannot be loaded: {' '.join(str(error).split())}") from error
+    except SparsityError:
+        raise
+    except Exception as error:  # whatever a loader of the user's own may raise
+        raise DataError(f"data={run.name.get('data')} cannot be loaded: {reason(error)}") from error
     return split(source, validation=run.data.validation, seed=run.data.validation_seed, normalize=run.data.normalize)
 
 
@@ -74,14 +76,47 @@ def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) 
     return stack(modules, device)
 
 
+def can_be_stacked(population: Population, parts: Ingredients) -> bool:
+    """Whether the members can be trained as one; random forward passes, among others, cannot be mapped over members.
+
+    Refuses a module that one member alone cannot be trained with.
+    """
+    loop = next(iter(parts.loops.values()), None)
+    if loop is None:
+        return True
+    try:
+        try_step(population.member(0), parts.splits, loop)
+    except Exception as error:  # whatever a module of the user's own may raise
+        raise ConfigError(f"the model cannot be trained on this data: {reason(error)}") from error
+    try:
+        try_step(population, parts.splits, loop)
+    except RuntimeError:
+        return False
+    return True
+
+
+def check_methods(run: Run, population: Population, parts: Ingredients) -> None:
+    """Refuses a penalty or a rule that fails on the population, before anything trains."""
+    try:
+        stages.rehearse(population, parts)
+    except SparsityError:
+        raise
+    except Exception as error:  # whatever a method of the user's own may raise
+        methods = f"reg={run.name.get('reg')}, prune={run.name.get('prune')}"
+        raise ConfigError(f"{methods}: a method fails on the model's parameters: {reason(error)}") from error
+
+
 def _build(run: Run, splits: Splits, name: str) -> torch.nn.Module:
     try:
         return build(
             run.model.factory.partial(), splits.input_shape, splits.num_classes, derived_seed(run.seed, "weights")
         )
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"model={name} cannot be built for images {list(splits.input_shape)}: {reason}") from error
+    except SparsityError:
+        raise
+    except Exception as error:  # whatever a factory of the user's own may raise
+        raise ConfigError(
+            f"model={name} cannot be built for images {list(splits.input_shape)}: {reason(error)}"
+        ) from error
 
 
 def ingredients(runs: Sequence[Run], splits: Splits, population: Population, device: torch.device) -> Ingredients:
@@ -100,7 +135,7 @@ def ingredients(runs: Sequence[Run], splits: Splits, population: Population, dev
 def _loop(run: Run, stage: str) -> Loop:
     numbers = getattr(run.schedule, stage)
     optimizer = partial(_optimizer, run, numbers.lr, numbers.weight_decay)
-    optimizer([torch.zeros(1)])  # a number that it refuses shall be refused before anything trains
+    _try_optimizer(run, optimizer)
     return Loop(
         epochs=numbers.epochs,
         batch_size=run.schedule.batch_size,
@@ -111,10 +146,17 @@ def _loop(run: Run, stage: str) -> Loop:
 
 
 def _optimizer(run: Run, lr: float, weight_decay: float, tensors: list[Tensor]) -> torch.optim.Optimizer:
+    return run.optimizer.partial(lr=lr, weight_decay=weight_decay)(tensors)
+
+
+def _try_optimizer(run: Run, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+    """Refuses a number that the optimizer refuses, before anything trains."""
+    tensor = torch.zeros(1, requires_grad=True)
+    tensor.sum().backward()
     try:
-        return run.optimizer.partial(lr=lr, weight_decay=weight_decay)(tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer={run.name.get('optimizer')}: {' '.join(str(error).split())}") from error
+        optimizer([tensor]).step()
+    except Exception as error:  # each optimizer refuses in its own way
+        raise ConfigError(f"optimizer={run.name.get('optimizer')}: {reason(error)}") from error
 
 
 def _penalty(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> Penalty | None:
@@ -141,6 +183,8 @@ def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device)
     _check_layers(rule, layouts)
     names = [name for name, layout in layouts.items() if layout.kind in rule.apply_to]
     names = [name for name in names if not any(_is_in(name, layer) for layer in rule.exclude)]
+    if "prune" in runs[0].stages:
+        _check_prunes(rule, names)
     owners = {name: owner_of(name, rule.layers) for name in names}
     pools = []
     for owner in dict.fromkeys(owners.values()):
@@ -152,7 +196,17 @@ def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device)
         whole=rule.scope == "network",
         structural=rule.structural,
         pools=pools,
+        excluded=frozenset(name for name in layouts if any(_is_in(name, layer) for layer in rule.exclude)),
     )
+
+
+def _check_prunes(rule: schema.Rule, names: list[str]) -> None:
+    """Refuses a rule, or a layer's own sensitivity, that would prune nothing."""
+    if not names:
+        raise ConfigError(f"prune.apply_to={rule.apply_to} and prune.exclude={rule.exclude} leave nothing to prune")
+    for layer in rule.layers:
+        if not any(_is_in(name, layer) for name in names):
+            raise ConfigError(f"prune.layers.{layer} does nothing: prune.apply_to={rule.apply_to} leaves it alone")
 
 
 def _check_layers(rule: schema.Rule, layouts: dict[str, Layout]) -> None:

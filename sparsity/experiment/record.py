@@ -15,13 +15,12 @@ import torch
 from sparsity import console, results, stages
 from sparsity.accounting import Report, account
 from sparsity.config import Run
-from sparsity.data import Splits
 from sparsity.errors import ConfigError, DivergedError, SparsityError
-from sparsity.experiment.parts import PRECISIONS, ingredients, owner_of
+from sparsity.experiment.parts import PRECISIONS, owner_of
 from sparsity.graph import Layer, trace
 from sparsity.population import Population
 from sparsity.results import plots
-from sparsity.stages import Pruned
+from sparsity.stages import Ingredients, Pruned
 from sparsity.training import Trained, evaluate
 from sparsity.weights import write_state
 
@@ -63,10 +62,10 @@ class Job:
 class Record:
     """Remembers what the stages of one population came to, and writes it down as it comes."""
 
-    def __init__(self, jobs: Sequence[Job], splits: Splits, population: Population, device: torch.device):
-        self.jobs, self.splits, self.population, self.device = jobs, splits, population, device
+    def __init__(self, jobs: Sequence[Job], parts: Ingredients, population: Population, device: torch.device):
+        self.jobs, self.parts, self.population, self.device = jobs, parts, population, device
+        self.splits = splits = parts.splits
         self.run = jobs[0].run
-        self.parts = ingredients([job.run for job in jobs], splits, population, device)
         self.graph: dict[str, Layer] = trace(population.module, splits.example())
         self.start = time.perf_counter()
         self.seconds: dict[str, float] = {}
@@ -93,6 +92,8 @@ class Record:
     def _check_folders(self) -> None:
         """A folder that cannot be written is found out before anything trains."""
         for job in self.jobs:
+            if (job.folder / "result.json").exists():
+                raise ConfigError(f"hydra.run.dir={job.folder} holds a finished run: name another folder or remove it")
             with _writing(job.folder):
                 (job.folder / "stages").mkdir(parents=True, exist_ok=True)
                 if not os.access(job.folder / "stages", os.W_OK):

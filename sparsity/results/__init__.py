@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import platform
 import subprocess
@@ -100,14 +101,16 @@ def _processor() -> str:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, with `-dirty` where files differ from it; None outside a checkout."""
+    """The commit of the code that runs, with `-dirty` where files differ from it; None outside its checkout."""
+    if not _git("ls-files", Path(__file__).name):
+        return None
+    return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+
+
+def _git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
@@ -129,9 +132,18 @@ def write_text(path: Path, text: str) -> None:
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """`result.json` and `layers.csv`."""
-    write_text(folder / "result.json", json.dumps(result, indent=1, allow_nan=False, default=str) + "\n")
+    write_text(folder / "result.json", json.dumps(_finite(result), indent=1, allow_nan=False, default=str) + "\n")
     rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
     write_text(folder / "layers.csv", _csv(LAYER_FIELDS, rows))
+
+
+def _finite(value: Any) -> Any:
+    """A tree of containers with null for NaN and infinity, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_history(folder: Path, histories: Histories, member: int) -> None:
@@ -197,7 +209,9 @@ def title(result: Mapping[str, Any]) -> str:
 def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
     """The parts of the one line that says what came out."""
     accuracy, compression = result["accuracy"], result["compression"]
-    before = next((accuracy[name]["test"] for name in ("dense", "regularized") if accuracy[name]["test"]), None)
+    before = next(
+        (accuracy[name]["test"] for name in ("dense", "regularized") if accuracy[name]["test"] is not None), None
+    )
     after = f"{accuracy['final']['test']:.2%}"
     note = ""
     if "finetune" in result["stages"]:
