@@ -248,7 +248,9 @@ def _layer_keys(layers: dict[str, float]) -> dict[str, float]:
 
 def sensitivity_range(rule: Call) -> Range:
     """The interval of a rule's sensitivity, as its signature annotates it; finite and ≥ 0 where it does not."""
-    parameter = inspect.signature(rule.function).parameters["sensitivity"]
+    parameter = inspect.signature(rule.function).parameters.get("sensitivity")
+    if parameter is None:
+        raise ConfigError(f"{rule.key}._target_={rule.target} is no pruning rule: it takes no sensitivity")
     return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
 
 
@@ -315,7 +317,9 @@ class _Reader:
             value = float(value)
         wanted = f"{NAMES.get(base, 'a value')}{f' {interval}' if interval and str(interval) else ''}"
         fits = base is Any or (isinstance(value, base) and isinstance(value, bool) == (base is bool))
-        is_finite = math.isfinite(value) if isinstance(value, float) else not isinstance(value, int) or value < 2**63
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{key} must be {wanted}, and below 2^63; got {given!r}")
+        is_finite = not isinstance(value, float) or math.isfinite(value)
         if not fits or not is_finite or (interval is not None and value not in interval):
             raise ConfigError(f"{key} must be {wanted}, got {given!r}")
         return value

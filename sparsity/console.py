@@ -5,8 +5,9 @@ import sys
 import time
 from collections.abc import Iterable
 
+from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sparsity.accounting import Report
@@ -14,7 +15,10 @@ from sparsity.training import Epoch, Watcher
 
 log = logging.getLogger("sparsity")
 SECONDS_BETWEEN_LINES = 10.0  # of the plain lines that stand for a bar where the output is no terminal
-WIDTH = 132  # columns where the output is no terminal
+WIDTH = 132  # characters where the output is no terminal
+NARROW = 118  # characters that the whole table needs on LeNet-5
+COLUMNS = ("tensor", "shape", "std", "threshold", "non-zeros", "of", "density", "live in", "live out", "MACs")
+LEFT_OUT_WHEN_NARROW = ("shape", "std", "threshold", "of")
 
 
 class StageProgress(Watcher):
@@ -29,10 +33,9 @@ class StageProgress(Watcher):
         if sys.stderr.isatty() and num_epochs:
             self.bar = Progress(
                 TextColumn("{task.description:<10}"),
-                BarColumn(bar_width=24),
-                TaskProgressColumn(),
-                TextColumn("{task.fields[text]}"),
                 TimeRemainingColumn(compact=True),
+                TextColumn("{task.fields[text]}"),
+                BarColumn(bar_width=24),
                 console=Console(stderr=True),
             )
             self.task = self.bar.add_task(stage, total=num_epochs * num_batches, text="")
@@ -69,7 +72,7 @@ def describe(row: Epoch, num_epochs: int) -> str:
     """One epoch in words; over several members, their means."""
     parts = [f"epoch {row.epoch}/{num_epochs}"]
     if row.loss is not None and row.penalty is not None:
-        parts += [f"loss {_mean(row.loss):.4f}", f"penalty {_mean(row.penalty):.5g}"]
+        parts += [f"loss {_mean(row.loss):.4f}", f"penalty {_mean(row.penalty):.4g}"]
     if row.validation is not None:
         parts.append(f"validation {_mean(row.validation):.2%}")
     return " | ".join(parts)
@@ -80,33 +83,30 @@ def _mean(numbers: list[float]) -> float:
 
 
 def show_report(title: str, report: Report) -> None:
-    """The table of what is left, per tensor and whole, on stdout."""
+    """The table of what is left, per tensor and whole, on stdout; a narrow terminal gets fewer columns."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    table = Table(title=title, title_justify="left")
-    table.add_column("tensor", no_wrap=True)
-    for column in ("shape", "std", "threshold", "non-zeros", "of", "density", "live in", "live out", "MACs"):
-        table.add_column(column, justify="right", no_wrap=True)
+    is_wide = console.width >= NARROW
+    table = Table(title=title, title_justify="left", box=HEAVY_HEAD if is_wide else SIMPLE_HEAD, padding=(0, 1))
+    columns = [name for name in COLUMNS if is_wide or name not in LEFT_OUT_WHEN_NARROW]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "tensor" else "right", no_wrap=True)
     for row in report.rows:
-        live = _count(row.live_inputs), _count(row.live_outputs)
-        _add(table, row.name, row.shape, (row.std, row.threshold), (row.nonzero, row.total), (*live, _count(row.macs)))
+        cells = _cells(row.name, "×".join(map(str, row.shape)), (row.std, row.threshold), (row.nonzero, row.total))
+        cells |= {"live in": _count(row.live_inputs), "live out": _count(row.live_outputs), "MACs": _count(row.macs)}
+        table.add_row(*(cells[column] for column in columns))
     table.add_section()
     for kind, macs in (("weights", report.macs["pruned"]), ("parameters", None)):
-        counts = report.nonzero[kind], report.total[kind]
-        _add(table, f"all {kind}", [], (None, None), counts, ("", "", _count(macs)))
+        cells = _cells(f"all {kind}", "", (None, None), (report.nonzero[kind], report.total[kind]))
+        cells |= {"live in": "", "live out": "", "MACs": _count(macs)}
+        table.add_row(*(cells[column] for column in columns))
     console.print(table)
 
 
-def _add(
-    table: Table,
-    name: str,
-    shape: list[int],
-    numbers: tuple[float | None, ...],
-    counts: tuple[int, int],
-    rest: tuple[str, ...],
-) -> None:
-    shown = ["" if number is None else f"{number:.4g}" for number in numbers]
-    density = f"{counts[0] / counts[1]:.2%}"
-    table.add_row(name, "×".join(map(str, shape)), *shown, *map(_count, counts), density, *rest)
+def _cells(name: str, shape: str, numbers: tuple[float | None, ...], counts: tuple[int, int]) -> dict[str, str]:
+    std, threshold = ("" if number is None else f"{number:.4g}" for number in numbers)
+    nonzero, total = map(_count, counts)
+    cells = {"tensor": name, "shape": shape, "std": std, "threshold": threshold, "non-zeros": nonzero, "of": total}
+    return {**cells, "density": f"{counts[0] / counts[1]:.2%}"}
 
 
 def _count(count: int | None) -> str:
