@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from sparsity.accounting import Report
 from sparsity.training import Epoch, Watcher
@@ -33,7 +33,7 @@ class StageProgress(Watcher):
         if sys.stderr.isatty() and num_epochs:
             self.bar = Progress(
                 TextColumn("{task.description:<10}"),
-                TimeRemainingColumn(compact=True),
+                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
                 TextColumn("{task.fields[text]}"),
                 BarColumn(bar_width=24),
                 console=Console(stderr=True),

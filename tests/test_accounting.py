@@ -70,7 +70,7 @@ def test_branches_count_for_themselves_and_groups_divide():
     positions = 16  # 9×9, kernel 3, stride 2
     expected = positions * (8 * 9 + 8 * 8 * 9 // 2 + 8 * 9) + 80
     assert report.macs == {"dense": expected, "pruned": expected}
-    assert report.nonzero["weights"] + 8 + 8 + 8 + 8 + 10 + 16 > report.nonzero["parameters"]
+    assert report.total == {"weights": 72 + 288 + 72 + 80, "parameters": 72 + 288 + 72 + 80 + 8 + 8 + 8 + 10 + 16}
 
 
 def test_a_sum_made_in_place_has_no_single_source():
@@ -125,3 +125,52 @@ def test_networks_of_torchvision(name):
     report = account(dict(module.named_parameters()), layouts(module), graph)
     assert report.macs["dense"] == report.macs["pruned"] > 0
     assert all(layer.source is None or layer.source in graph for layer in graph.values())
+
+
+def test_a_linear_layer_on_the_positions_of_a_map_is_no_reader_of_its_channels():
+    module = torch.nn.Sequential(torch.nn.Conv2d(1, 64, 3, padding=1), torch.nn.Linear(28, 5))
+    report = report_of(module, dict(module.named_parameters()), (1, 28, 28))
+    assert report.macs["dense"] == 64 * 9 * 784 + 28 * 5 * 64 * 28
+
+
+def test_flattened_tokens_are_no_channels():
+    module = torch.nn.Sequential(torch.nn.Linear(28, 6), torch.nn.Flatten(), torch.nn.Linear(168, 10))
+    graph = trace(module, torch.zeros(2, 28, 28))
+    assert (graph["2.weight"].source, graph["0.weight"].target) == (None, None)
+
+
+def test_linear_layers_on_tokens_feed_each_other():
+    module = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
+    graph = trace(module, torch.zeros(2, 5, 8))
+    assert graph["2.weight"].source == "0.weight" and graph["0.weight"].target == "2.weight"
+    assert graph["0.weight"].num_positions == 5
+
+
+@pytest.mark.parametrize("also", ["chunk", "argmax", "output"])
+def test_every_reader_counts(also):
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+
+        def forward(self, units):
+            units = self.one(units)
+            result = self.two(units)
+            if also == "chunk":
+                return result[:, :2] + units.chunk(2, 1)[0]
+            return (result, units) if also == "output" else result + units.argmax(1, keepdim=True)
+
+    graph = trace(Module(), torch.zeros(2, 4))
+    assert graph["one.weight"].target is None and graph["two.weight"].source == "one.weight"
+
+
+def test_functions_of_parameters_alone_are_passed_over():
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.layer = torch.nn.Parameter(torch.ones(3, 4)), torch.nn.Linear(4, 3)
+
+        def forward(self, units):
+            return torch.nn.functional.linear(units, torch.sigmoid(self.gate)) + self.layer(units)
+
+    assert list(trace(Gated(), torch.zeros(2, 4))) == ["layer.weight"]

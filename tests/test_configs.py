@@ -1,5 +1,8 @@
 """Every YAML composes and builds; every mistake in a config is one line that names the key, the value, the remedy."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT, choices
 
@@ -71,6 +74,12 @@ MISTAKES = [
     (["reg=transformed_l1", "~reg.penalty.a"], "reg.penalty.a is missing"),
     (["reg.apply_to=[filter]"], r"reg.apply_to\[0\] must be one of weight, bias, normalization"),
     (["prune.layers.fc1=-1"], "prune.layers.fc1 must be a number ≥ 0, got -1"),
+    (["prune.layers.fc1=1", "prune.exclude=[fc1]"], "prune.layers.fc1 does nothing, as prune.exclude names fc1 too"),
+    (["stages=[pretrain,prune]", "schedule.pretrain.epochs=0"], "nothing is trained before pruning"),
+    (["prune.rule._target_=sparsity.regularizers.l1"], "is no pruning rule: it takes no sensitivity"),
+    (["+model.factory.input_shape=[1,2,3]"], "model.factory.input_shape is passed by the pipeline"),
+    (["threads=99999999"], "threads must be a whole number ≥ 1 and ≤ 1024, got 99999999"),
+    (["schedule.batch_size=100000000000000000000"], "schedule.batch_size must be a whole number ≥ 1, and below"),
     (["precision=float8"], "precision must be one of float32, bfloat16"),
     (["data.validation=-1"], "data.validation must be a number ≥ 0, got -1"),
     (["data.validation=1.5"], "data.validation must be a share below 1 or a whole number of images, got 1.5"),
@@ -111,3 +120,25 @@ def test_settings_that_do_nothing_are_named():
     assert [line.split()[0] for line in lines] == ["reg.decay", "sensitivity", "schedule.finetune.epochs"]
     assert config.idle_settings(read("reg=none", "reg.decay=1"), ["reg=none", "reg.decay=1"])
     assert not config.idle_settings(read("sensitivity=0.1"), ["sensitivity=0.1"])
+
+
+@pytest.mark.parametrize(
+    "yaml",
+    [
+        "hydra: {job: {env_set: {SPARSITY_TRUST: collections}}}",
+        'hydra: {overrides: {task: ["trust=[collections]"]}}\ntrust: [collections]',
+    ],
+)
+def test_no_yaml_admits_code(tmp_path, yaml):
+    (tmp_path / "experiment").mkdir()
+    target = "model: {factory: {_target_: collections.OrderedDict}}"
+    (tmp_path / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{yaml}\n{target}\n")
+    arguments = ["main.py", "--config-dir", str(tmp_path), "experiment=evil", f"hydra.run.dir={tmp_path / 'run'}"]
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "code from outside" in done.stderr or "stands in a YAML" in done.stderr
+
+
+def test_directions_follow_from_objectives():
+    _, hydra = config.compose(["search=pareto", "objectives=[macs,accuracy]"])
+    assert hydra.sweeper.direction == ["minimize", "maximize"]

@@ -114,7 +114,8 @@ def test_image_folder_with_its_own_sets(tmp_path):
         write_images(tmp_path / name, num=num)
     splits = split(folder(tmp_path), validation=0.1)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (10, 4, 6)
-    assert split(folder(tmp_path), validation=0).validation is None
+    everything = split(folder(tmp_path), validation=0)
+    assert everything.validation is None and len(everything.train) == 14
 
 
 def test_streaming_gives_the_same_batches(tmp_path):
@@ -164,6 +165,10 @@ def test_a_loader_of_the_users_own():
         (((images, labels + 1), (images, labels), 2), "labels reach from 1 to 2"),
         (((images, labels), (images[:, :2], labels), 2), r"test images are \[2\], the training images \[3\]"),
         ((3, (images, labels), 2), "must be a pair"),
+        (((images, labels),), "a loader must return"),
+        (((images.long(), labels), (images, labels), 2), "must be uint8 or floating point"),
+        (((images, labels.float()), (images, labels), 2), "labels must be whole numbers"),
+        (((images / 0, labels), (images, labels), 2), "hold NaN or infinity"),
         (((images[:0], labels[:0]), (images, labels), 2), "is empty"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -175,3 +180,29 @@ def test_mnist_fits_in_60_megabytes(mnist_root):
     splits = split(data.mnist(root=mnist_root), validation=5000)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (55000, 5000, 10000)
     assert sum(part.num_bytes for part in (splits.train, splits.validation, splits.test)) < 60e6
+
+
+def test_sets_without_train_and_classes_that_train_lacks(tmp_path):
+    write_images(tmp_path / "one" / "Test")
+    with pytest.raises(DataError, match="holds Test but no train"):
+        folder(tmp_path / "one")
+    write_images(tmp_path / "two" / "train")
+    write_images(tmp_path / "two" / "test", classes=("cat", "dog", "emu"))
+    with pytest.raises(DataError, match="test has classes that train lacks: emu"):
+        folder(tmp_path / "two")
+
+
+def test_grey_of_16_bits(tmp_path):
+    write_images(tmp_path)
+    import numpy
+
+    Image.fromarray(numpy.full((7, 9), 20000, dtype=numpy.uint16)).save(tmp_path / "cat" / "0.png")
+    read = data._reader([7, 9], 1)
+    assert read(str(tmp_path / "cat" / "0.png")).unique().tolist() == [78]
+
+
+def test_what_would_fill_the_memory_is_streamed(tmp_path, monkeypatch):
+    write_images(tmp_path)
+    assert isinstance(folder(tmp_path, stream=None).train, data.Images)
+    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100}))
+    assert isinstance(folder(tmp_path, stream=None).train, data.Files)

@@ -4,24 +4,26 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import choices, layers
+from conftest import ROOT, choices, layers
 from omegaconf import OmegaConf
 
 from sparsity import config
 from sparsity.tensors import from_view, layouts, to_view
 
 KINDS = list(layers())
-REGULARIZERS = [name for name in choices("reg") if OmegaConf.load(f"conf/reg/{name}.yaml").penalty is not None]
+REGULARIZERS = [
+    name for name in choices("reg") if OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty is not None
+]
 RULES = choices("prune")
 
 
 def regularizer(name):
-    node = OmegaConf.to_container(OmegaConf.load(f"conf/reg/{name}.yaml").penalty)
+    node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty)
     return config.check("reg.penalty", node, config.Call).partial()
 
 
 def rule(name):
-    node = OmegaConf.load(f"conf/prune/{name}.yaml")
+    node = OmegaConf.load(ROOT / "conf" / "prune" / f"{name}.yaml")
     values = OmegaConf.to_container(node.prune)
     return node.sensitivity, config.check("prune", values, config.Rule)
 

@@ -79,7 +79,7 @@ def test_a_whole_pickled_module_is_refused(tmp_path, network):
         read_state(tmp_path / "whole.pth")
 
 
-@pytest.mark.parametrize("content", [torch.zeros(3), {}, {"a": 3}, [1, 2]])
+@pytest.mark.parametrize("content", [torch.zeros(3), {}, {"a": 3}, [1, 2], {1: torch.zeros(2)}])
 def test_what_is_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="holds no state_dict"):
@@ -140,3 +140,29 @@ def test_load_of_a_users_own_class_takes_a_module(run, tmp_path, monkeypatch):
     with pytest.raises(WeightsError, match=r"give load\(path, module=…\)"):
         sparsity.load(path)
     assert isinstance(sparsity.load(path, module=sample_networks.Normalised(10)), sample_networks.Normalised)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+def test_weights_of_another_type_are_refused(network, kind):
+    state = {name: tensor.to(kind) for name, tensor in network.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"of another type: fc1.weight is"):
+        fill(network, state, "my.pth")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
+def test_weights_of_another_precision_are_taken(network, kind):
+    state = {name: tensor.to(kind) for name, tensor in network.state_dict().items()}
+    assert fill(network, state, "my.pth").fc1.weight.dtype is torch.float32
+
+
+def test_weights_that_overflow_are_refused(network):
+    state = {name: tensor.double() * 1e200 for name, tensor in network.state_dict().items()}
+    with pytest.raises(WeightsError, match="NaN or infinity"):
+        fill(network, state, "my.pth")
+
+
+def test_load_of_what_no_run_wrote(tmp_path, network):
+    torch.save(network.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"give load\(path, module=…\)"):
+        sparsity.load(tmp_path / "other.pth")
+    assert sparsity.load(tmp_path / "other.pth", module=network) is network
