@@ -2,8 +2,9 @@
 
     python benchmarks/epoch.py --data-root data --rounds 5 --images 10000
 
-Both train on the same images with the same batch size, float32 and Adam; the plain loop is as users write it:
-a DataLoader with ToTensor, the module's own forward pass, the penalty by a Python loop over its parameters.
+Both train on the same images with the same batch size and Adam; the plain loop is as users write it: float32, a
+DataLoader with ToTensor, the module's own forward pass, the penalty by a Python loop over its parameters. Ours is
+measured in float32 and in bfloat16, which `precision=auto` takes where the processor has units for it.
 """
 
 import argparse
@@ -96,7 +97,9 @@ def plain_epoch(network: str, reg: str, root: str, num_images: int) -> Callable[
     return epoch
 
 
-def our_epoch(network: str, reg: str, root: str, num_images: int) -> Callable[[], None]:
+def our_epoch(
+    network: str, reg: str, root: str, num_images: int, precision: torch.dtype = torch.float32
+) -> Callable[[], None]:
     """One epoch of the project's loop; each call goes on from the last."""
     whole = data.split(data.mnist(root=root), validation=0, seed=0, normalize=None)
     splits = data.replace(whole, train=whole.train.take(torch.arange(num_images)))
@@ -108,7 +111,7 @@ def our_epoch(network: str, reg: str, root: str, num_images: int) -> Callable[[]
         function = total_penalty(getattr(regularizers, reg), population.layouts, names)
         penalty = Penalty(function, torch.tensor([DECAY]), {})
     rate = partial(learning_rate, lr=1e-3, shape="constant", warmup=0.0)
-    loop = Loop(1, BATCH_SIZE, rate, partial(torch.optim.Adam, fused=True))
+    loop = Loop(1, BATCH_SIZE, rate, partial(torch.optim.Adam, fused=True), precision)
     generator = torch.Generator().manual_seed(0)
     state = {"population": population}
 
@@ -127,18 +130,18 @@ def seconds(function: Callable[[], None]) -> float:
 
 
 def measure(network: str, reg: str, root: str, num_images: int, rounds: int) -> dict[str, object]:
-    """Both loops in turns; the first turn of each warms up and is not counted."""
-    loops = {name: make(network, reg, root, num_images) for name, make in (("plain", plain_epoch), ("ours", our_epoch))}
+    """The loops in turns; the first turn of each warms up and is not counted."""
+    makers = {"plain": plain_epoch, "float32": our_epoch, "bfloat16": partial(our_epoch, precision=torch.bfloat16)}
+    loops = {name: make(network, reg, root, num_images) for name, make in makers.items()}
     for epoch in loops.values():
         epoch()
     turns = [{name: seconds(epoch) * FULL_EPOCH / num_images for name, epoch in loops.items()} for _ in range(rounds)]
-    ratios = [turn["plain"] / turn["ours"] for turn in turns]
+    ratios = {name: [turn["plain"] / turn[name] for turn in turns] for name in loops if name != "plain"}
     return {
         "network": network,
         "reg": reg,
-        "plain_seconds": statistics.median(turn["plain"] for turn in turns),
-        "our_seconds": statistics.median(turn["ours"] for turn in turns),
-        "ratio": statistics.median(ratios),
+        "seconds": {name: statistics.median(turn[name] for turn in turns) for name in loops},
+        "ratio": {name: statistics.median(each) for name, each in ratios.items()},
         "ratios": ratios,
     }
 
@@ -153,15 +156,15 @@ def main() -> None:
     options = parser.parse_args()
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{machine}, torch {torch.__version__}; seconds per epoch of 60,000, medians of {options.rounds} rounds")
-    print(f"{'network':<10}{'reg':<10}{'plain s':>10}{'ours s':>10}{'ratio':>8}")
+    names = ("plain", "float32", "bfloat16")
+    print(f"{'network':<10}{'reg':<10}" + "".join(f"{name:>10}" for name in names) + f"{'ratios':>16}")
     rows = []
     for network, reg in CASES:
         row = measure(network, reg, options.data_root, options.images, options.rounds)
         rows.append(row)
-        print(
-            f"{network:<10}{reg:<10}{row['plain_seconds']:>10.2f}{row['our_seconds']:>10.2f}{row['ratio']:>7.1f}×",
-            flush=True,
-        )
+        shown = "".join(f"{row['seconds'][name]:>10.2f}" for name in names)
+        ratios = "".join(f"{row['ratio'][name]:>7.1f}×" for name in names[1:])
+        print(f"{network:<10}{reg:<10}{shown}{ratios}", flush=True)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"machine": machine, "torch": torch.__version__, "rows": rows}, indent=1) + "\n")
     print(f"written to {options.out}")

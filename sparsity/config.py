@@ -130,7 +130,7 @@ class Run:
     stages: list[Literal["pretrain", "regularize", "prune", "finetune"]]
     seed: Seed
     device: str
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["auto", "float32", "bfloat16"]
     threads: Annotated[int, Range(1, 1024)] | None
     sensitivity: float
     plots: bool

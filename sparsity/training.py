@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -95,14 +95,14 @@ def train(
     step = _step(population, splits, loop, penalty, optimizer)
     memory = _Memory(population, select and splits.validation is not None)
     if select:
-        memory.add(_measure(0, population, splits, loop, time.perf_counter(), test=True), population, watcher)
+        memory.add(_measure(0, population, splits, time.perf_counter(), test=True), population, watcher)
     # a module that draws random numbers does so from the member's own state
     with torch.random.fork_rng(devices=_cuda_devices(population)):
         torch.manual_seed(generators[0].initial_seed())
         for epoch in range(1, loop.epochs + 1):
             start = time.perf_counter()
             sums = _run_epoch(epoch, population, splits, loop, generators, optimizer, step, watcher)
-            row = _measure(epoch, population, splits, loop, start, test=select, sums=sums, lr=_lr(optimizer))
+            row = _measure(epoch, population, splits, start, test=select, sums=sums, lr=_lr(optimizer))
             memory.add(row, population, watcher)
             if memory.all_diverged:
                 break
@@ -111,7 +111,9 @@ def train(
 
 def _leaves(population: Population) -> Population:
     """A copy whose parameters are leaves; those that are not frozen record gradients."""
+    arrange = _arrangement(population)
     population = population.clone()
+    population = replace(population, parameters={name: arrange(p) for name, p in population.parameters.items()})
     for parameter in population.trainable.values():
         parameter.requires_grad_()
     return population
@@ -200,12 +202,12 @@ def _outputs(
         return functional_call(module, (parameters, buffers), (images,))
 
 
-def evaluate(population: Population, data: Images | Files, splits: Splits, precision: torch.dtype) -> list[float]:
-    """The accuracy of every member on a set, in [0, 1]; all members see the same images."""
+def evaluate(population: Population, data: Images | Files, splits: Splits) -> list[float]:
+    """The accuracy of every member on a set, in [0, 1], in the weights' own precision; all see the same images."""
     module = population.module.eval()
 
     def correct(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
-        return (_outputs(module, parameters, buffers, images, precision).argmax(1) == labels).sum()
+        return (functional_call(module, (parameters, buffers), (images,)).argmax(1) == labels).sum()
 
     counted = over_members(correct, population.num_members, (0, 0, None, None))
     arrange = _arrangement(population)
@@ -221,7 +223,6 @@ def _measure(
     epoch: int,
     population: Population,
     splits: Splits,
-    loop: Loop,
     start: float,
     *,
     test: bool,
@@ -232,8 +233,8 @@ def _measure(
     loss, penalty, objective = (None, None, None) if sums is None else sums.tolist()
     validation = None
     if splits.validation is not None:
-        validation = evaluate(population, splits.validation, splits, loop.precision)
-    tested = evaluate(population, splits.test, splits, loop.precision) if test else None
+        validation = evaluate(population, splits.validation, splits)
+    tested = evaluate(population, splits.test, splits) if test else None
     return Epoch(epoch, loss, penalty, objective, validation, tested, lr, time.perf_counter() - start)
 
 
@@ -289,17 +290,23 @@ class _Memory:
 
 
 def _arrangement(population: Population) -> Callable[[Tensor], Tensor]:
-    """How images lie in memory: channels last, which is faster, where one member's 2-d convolutions take them."""
+    """How [members, batch, …] lies in memory: channels last, which is faster, for one member's 2-d convolutions."""
     convolves = any(isinstance(part, nn.Conv2d) for part in population.module.modules())
-    if population.num_members > 1 or not convolves:
-        return lambda images: images
+    return channels_last if population.num_members == 1 and convolves else lambda images: images
 
-    def channels_last(images: Tensor) -> Tensor:
-        if images.ndim != 5:
-            return images
-        return images.squeeze(0).contiguous(memory_format=torch.channels_last).unsqueeze(0)
 
-    return channels_last
+def channels_last(tensor: Tensor) -> Tensor:
+    """A tensor [1, n, channels, height, width] with its channels last in memory, and any other as it is.
+
+    Of one channel, torch takes both orders for the same and would go on with channels first: the strides say it here.
+    """
+    if tensor.ndim != 5:
+        return tensor
+    _, count, channels, height, width = tensor.shape
+    if channels > 1:
+        return tensor.squeeze(0).contiguous(memory_format=torch.channels_last).unsqueeze(0)
+    strides = (count * height * width, height * width, 1, width, 1)
+    return tensor.contiguous().as_strided(tensor.shape, strides)
 
 
 def _device(population: Population) -> torch.device:

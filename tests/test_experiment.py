@@ -217,6 +217,8 @@ def test_every_setting_reaches_training(run, change):
     weights = []
     for overrides in ((), (change,)):
         extra = ("schedule.pretrain.weight_decay=0.01",) if change == "optimizer=adamw" else ()
+        if change.startswith("precision"):
+            extra = (f"precision={'float32' if change.endswith('bfloat16') else 'bfloat16'}",) if not overrides else ()
         folder = run(*SMALL, *given, *extra, *overrides)["folder"]
         weights.append(load_file(f"{folder}/model.safetensors")["fc1.weight"])
     assert not torch.equal(*weights)

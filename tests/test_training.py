@@ -123,8 +123,8 @@ def test_selection_takes_the_earliest_best_validation_epoch():
     assert [row.epoch for row in trained.history] == list(range(7))
     assert trained.selected_epoch == [validation.index(max(validation))]
     data = splits()
-    assert evaluate(trained.selected, data.validation, data, torch.float32) == [max(validation)]
-    assert evaluate(trained.last, data.validation, data, torch.float32) == [validation[-1]]
+    assert evaluate(trained.selected, data.validation, data) == [max(validation)]
+    assert evaluate(trained.last, data.validation, data) == [validation[-1]]
 
 
 def test_without_validation_nothing_is_selected():
@@ -153,7 +153,7 @@ def test_evaluation_counts_what_a_plain_loop_counts():
     data, module = splits(), network()
     images = data.test.images.float() / 255
     expected = (module.eval()(images).argmax(1) == data.test.labels).float().mean().item()
-    assert evaluate(stack([module, module]), data.test, data, torch.float32) == pytest.approx([expected] * 2)
+    assert evaluate(stack([module, module]), data.test, data) == pytest.approx([expected] * 2)
 
 
 def test_bfloat16_trains_float32_weights():

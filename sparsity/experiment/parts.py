@@ -21,6 +21,7 @@ from sparsity.training import Loop, Penalty, try_step
 from sparsity.weights import fill, read_state
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "arm_bf16")  # as torch.cpu.get_capabilities names them
 
 
 def device_of(name: str) -> torch.device:
@@ -36,6 +37,14 @@ def device_of(name: str) -> torch.device:
     if device.type == "meta":
         raise ConfigError("device=meta computes nothing: take auto or cpu")
     return device
+
+
+def precision_of(run: Run, device: torch.device) -> str:
+    """The precision of the forward pass; `auto` is bfloat16 on a processor that multiplies it in hardware."""
+    if run.precision != "auto":
+        return run.precision
+    has_units = device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit) for unit in BFLOAT16_UNITS)
+    return "bfloat16" if has_units else "float32"
 
 
 @contextlib.contextmanager
@@ -124,7 +133,7 @@ def ingredients(runs: Sequence[Run], splits: Splits, population: Population, dev
     first = runs[0]
     return Ingredients(
         splits=splits,
-        loops={stage: _loop(first, stage) for stage in first.stages if stage != "prune"},
+        loops={stage: _loop(first, stage, device) for stage in first.stages if stage != "prune"},
         penalty=_penalty(runs, population.layouts, device),
         rule=_rule(runs, population.layouts, device),
         seeds=[run.seed for run in runs],
@@ -132,7 +141,7 @@ def ingredients(runs: Sequence[Run], splits: Splits, population: Population, dev
     )
 
 
-def _loop(run: Run, stage: str) -> Loop:
+def _loop(run: Run, stage: str, device: torch.device) -> Loop:
     numbers = getattr(run.schedule, stage)
     optimizer = partial(_optimizer, run, numbers.lr, numbers.weight_decay)
     _try_optimizer(run, optimizer)
@@ -141,7 +150,7 @@ def _loop(run: Run, stage: str) -> Loop:
         batch_size=run.schedule.batch_size,
         learning_rate=partial(learning_rate, lr=numbers.lr, shape=numbers.shape, warmup=numbers.warmup),
         optimizer=optimizer,
-        precision=PRECISIONS[run.precision],
+        precision=PRECISIONS[precision_of(run, device)],
     )
 
 

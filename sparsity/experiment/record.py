@@ -16,7 +16,7 @@ from sparsity import console, results, stages
 from sparsity.accounting import Report, account
 from sparsity.config import Run
 from sparsity.errors import ConfigError, DivergedError, SparsityError
-from sparsity.experiment.parts import PRECISIONS, owner_of
+from sparsity.experiment.parts import owner_of, precision_of
 from sparsity.graph import Layer, trace
 from sparsity.population import Population
 from sparsity.results import plots
@@ -158,10 +158,9 @@ class Record:
 
     def _measure(self) -> list[dict[str, float | None]]:
         """Validation and test accuracy of every member as it is now."""
-        precision = PRECISIONS[self.run.precision]
         held_out = self.splits.validation
-        validation = None if held_out is None else evaluate(self.population, held_out, self.splits, precision)
-        test = evaluate(self.population, self.splits.test, self.splits, precision)
+        validation = None if held_out is None else evaluate(self.population, held_out, self.splits)
+        test = evaluate(self.population, self.splits.test, self.splits)
         return [
             {"validation": validation and validation[member], "test": test[member]} for member in range(len(self.jobs))
         ]
@@ -235,6 +234,6 @@ class Record:
             **results.describe_report(report),
             "seconds": {**self.seconds, "total": time.perf_counter() - self.start},
             "warnings": self.warnings[member],
-            "environment": results.environment(self.device, self.run.precision),
+            "environment": results.environment(self.device, precision_of(job.run, self.device)),
             "config": job.config,
         }
