@@ -72,7 +72,7 @@ class _Sums(torch.autograd.Function):
     @staticmethod
     def backward(context: Any, to_size: Tensor, to_square: Tensor) -> Tensor:
         (weight,) = context.saved_tensors
-        return weight.sgn().mul_(to_size).addcmul_(weight, 2 * to_square)  # in place: memory is what costs here
+        return weight.sgn().mul_(to_size).add_(weight * (2 * to_square))  # in place: memory is what costs here
 
 
 class _GroupNorms(torch.autograd.Function):

@@ -13,6 +13,9 @@ from sparsity.experiment import Job, run_members
 
 RULES = choices("prune")
 REGULARIZERS = choices("reg")
+# Adam would make much of the last bit of a gradient near 0; what is left of it is the sign of a weight near 0
+SMOOTH = ("data=digits", "schedule=smoke", "plots=false", "precision=float32", "optimizer=sgd")
+SMOOTH += tuple(f"schedule.{stage}.lr=0.05" for stage in ("pretrain", "regularize", "finetune"))
 HIGH = {"percentile": 0.9, "threshold": 0.02, "group_threshold": 0.02}
 
 
@@ -20,9 +23,7 @@ def members(tmp_path, name, *overrides):
     """Three runs that differ in seed, decay and sensitivity, and their results together and alone."""
     runs = []
     for index in range(3):
-        run = read(
-            "data=digits", "schedule=smoke", "plots=false", "model=mlp", "model.factory.hidden=[24,16]", *overrides
-        )
+        run = read(*SMOOTH, "model=mlp", "model.factory.hidden=[24,16]", *overrides)
         run = replace(run, seed=index, sensitivity=HIGH.get(run.name["prune"], 0.5) * (1 + index / 20))
         runs.append(replace(run, reg=replace(run.reg, decay=run.reg.decay * (index + 1))))
     together = run_members([Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)])
@@ -42,7 +43,7 @@ def assert_alike(tmp_path, together, alone):
             right = load_file(tmp_path / "alone" / str(index) / file)
             for name in left:
                 assert torch.equal(left[name] != 0, right[name] != 0), name
-                torch.testing.assert_close(left[name], right[name], rtol=0, atol=2e-3)
+                torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)
@@ -60,7 +61,14 @@ def test_every_rule(tmp_path, name):
 
 @pytest.mark.slow
 def test_convolutions(tmp_path):
-    overrides = ["model=lenet5", "data=digits", "schedule=smoke", "plots=false", "stages=[pretrain,prune]"]
+    overrides = [
+        "model=lenet5",
+        "data=digits",
+        "schedule=smoke",
+        "plots=false",
+        "precision=float32",
+        "stages=[pretrain,prune]",
+    ]
     runs = [replace(read(*overrides), seed=seed) for seed in (3, 4)]
     together = run_members([Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)])
     for index, run in enumerate(runs):
@@ -71,7 +79,15 @@ def test_convolutions(tmp_path):
 
 
 def test_a_member_that_diverges_fails_alone(tmp_path):
-    run = read("data=digits", "schedule=smoke", "plots=false", "model=mlp", "model.factory.hidden=[24]", "reg=l1")
+    run = read(
+        "data=digits",
+        "schedule=smoke",
+        "plots=false",
+        "precision=float32",
+        "model=mlp",
+        "model.factory.hidden=[24]",
+        "reg=l1",
+    )
     runs = [run, replace(run, reg=replace(run.reg, decay=1e38)), replace(run, seed=1)]
     outcomes = run_members([Job(each, tmp_path / str(index)) for index, each in enumerate(runs)])
     assert isinstance(outcomes[1], DivergedError)
@@ -90,6 +106,7 @@ def test_members_with_dropout_run_one_after_another(tmp_path, monkeypatch):
         "data=digits",
         "schedule=smoke",
         "plots=false",
+        "precision=float32",
     ]
     runs = [replace(read(*overrides), seed=seed) for seed in (0, 1)]
     together = run_members([Job(run, tmp_path / str(seed)) for seed, run in enumerate(runs)])
