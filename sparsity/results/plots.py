@@ -12,6 +12,7 @@ from sparsity.training import Epoch
 Histories = dict[str, list[Epoch]]  # by stage
 
 COLOURS = {"pretrain": "#4477aa", "regularize": "#ee6677", "finetune": "#228833"}
+ACCURACIES = {"validation": "-", "test": ":"}
 NUM_BINS = 80
 SMALLEST = 1e-8  # magnitudes below are drawn at the left edge
 
@@ -37,6 +38,7 @@ def draw_all(
 def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Path:
     """Loss, penalty and accuracy over the epochs of all stages in one plot."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 7), layout="constrained")
@@ -60,25 +62,30 @@ def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Pa
         axis.grid(axis="y", color="0.92")
         axis.set_yscale("log" if name != "penalty" or has_penalty else "linear")
     axes[2].yaxis.set_major_formatter(_percent)
-    axes[2].yaxis.set_minor_formatter(_percent)
+    axes[2].yaxis.set_minor_formatter(_few_percents)
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[2].set_xlabel("epoch, over all stages")
     axes[0].legend(frameon=False, ncols=3)
-    if axes[2].get_legend_handles_labels()[1]:
-        axes[2].legend(frameon=False, ncols=3)
+    kinds = [Line2D([], [], color="0.4", linestyle=style, label=name) for name, style in ACCURACIES.items()]
+    axes[2].legend(handles=kinds, frameon=False, ncols=2)
     figure.suptitle(title)
     return _save(figure, path)
 
 
 def _draw_accuracy(axis: Any, rows: list[Any], offset: int, stage: str, marker: str | None, member: int) -> None:
-    for name, style in (("validation", "-"), ("test", ":")):
+    for name, style in ACCURACIES.items():
         found = [(offset + row.epoch, 1 - getattr(row, name)[member]) for row in rows if getattr(row, name)]
         if found:
-            axis.plot(*zip(*found), style, color=COLOURS[stage], marker=marker, label=f"{stage}, {name}")
+            axis.plot(*zip(*found), style, color=COLOURS[stage], marker=marker)
 
 
 def _percent(value: float, position: int | None = None) -> str:
     return f"{100 * value:.3g} %"
+
+
+def _few_percents(value: float, position: int | None = None) -> str:
+    """A label for some of the ticks between powers of ten, as not all have room."""
+    return _percent(value) if f"{value:e}"[0] in "235" else ""
 
 
 def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:
