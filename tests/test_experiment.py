@@ -142,7 +142,7 @@ def test_divergence_is_one_line_and_keeps_the_last_good_state(run, tmp_path):
     assert not (tmp_path / "run0" / "result.json").exists()
 
 
-@pytest.mark.parametrize("model", ["lenet300", "lenet5", "torchvision"])
+@pytest.mark.parametrize("model", ["lenet300", "lenet5", pytest.param("torchvision", marks=pytest.mark.slow)])
 def test_networks_run(run, model):
     overrides = ["schedule.batch_size=256", "schedule.pretrain.epochs=1", "plots=false", "stages=[pretrain,prune]"]
     result = run(f"model={model}", *overrides)
