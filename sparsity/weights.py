@@ -117,7 +117,7 @@ def write_state(path: Path, state: Tensors, description: Mapping[str, Any]) -> N
     """A safetensors file of a state, with a description in its metadata; whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"format": "pt", METADATA_KEY: json.dumps(description)}
+    metadata = {METADATA_KEY: json.dumps(description)}  # one entry: several would be written in any order
     try:
         safetensors.torch.save_file(state, temporary, metadata=metadata)
         os.replace(temporary, path)
