@@ -258,7 +258,7 @@ class _Memory:
         """Takes note of an epoch and of the state after it."""
         self._note_divergence(row, population)
         alive = torch.tensor([epoch is None for epoch in self.diverged])
-        self.last = choose(alive.to(_device(population)), population.clone(), self.last)
+        self.last = choose(alive.to(_device(population)), population.map(Tensor.detach), self.last)  # a copy
         self._note_best(row, alive)
         self.history.append(row)
         watcher.epoch(row)
