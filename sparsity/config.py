@@ -20,11 +20,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsity.errors import ConfigError
+from sparsity.front import OBJECTIVES
 from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range, Seed
 from sparsity.schedules import SHAPES
 
 STAGES = ("pretrain", "regularize", "prune", "finetune")
-OBJECTIVES = {"accuracy": "maximize", "compression": "maximize", "macs": "minimize", "nonzero": "minimize"}
 TRUSTED = ("sparsity.*", "torch.optim.*")  # Hydra's patterns for what a config may call
 
 Kinds = list[Literal["weight", "bias", "normalization"]]
@@ -134,7 +134,7 @@ class Run:
     threads: Annotated[int, Range(1, 1024)] | None
     sensitivity: float
     plots: bool
-    objectives: list[Literal["accuracy", "compression", "macs", "nonzero"]]
+    objectives: list[Literal[tuple(OBJECTIVES)]]
     trust: list[str]
     name: dict[str, str]  # the choice made in each group, for people
 

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "kinds", "tensors"},
+    {"errors", "kinds", "tensors", "front"},
     {"models", "data", "regularizers", "pruning", "schedules", "graph"},
     {"population", "weights"},
     {"training", "accounting"},

@@ -1,7 +1,8 @@
 """Configs → populations → stages → results: the only room that knows the whole way."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,21 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
 def run_job(composed: DictConfig, trust: Sequence[str] = ()) -> tuple[float, ...]:
     """Runs one job of Hydra's and returns its objectives, for a sweeper; trust: from `config.admitted`."""
     hydra = HydraConfig.get()
-    result = _run_one(composed, hydra, Path(hydra.runtime.output_dir), trust)
+    folder = Path(hydra.runtime.output_dir)
+    with _failure_in(folder) if hydra.mode is RunMode.MULTIRUN else contextlib.nullcontext():
+        result = _run_one(composed, hydra, folder, trust)
     return results.objectives(result, composed.objectives)
+
+
+@contextlib.contextmanager
+def _failure_in(folder: Path) -> Iterator[None]:
+    """Leaves `failure.json` in the folder of a member that fails, for the summary of its sweep."""
+    results.clear_failure(folder)
+    try:
+        yield
+    except Exception as error:
+        results.write_failure(folder, error)
+        raise
 
 
 def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> dict[str, Any]:
@@ -53,7 +67,8 @@ def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Seque
     idle = config.idle_settings(checked, list(hydra.overrides.task))
     for line in idle:
         log.warning(f"warning: {line}")
-    outcome = run_members([Job(checked, folder, OmegaConf.to_container(composed, resolve=True), idle)])[0]
+    overrides = [entry for entry in hydra.overrides.task if not entry.startswith("search=")]
+    outcome = run_members([Job(checked, folder, OmegaConf.to_container(composed, resolve=True), idle, overrides)])[0]
     if isinstance(outcome, SparsityError):
         raise outcome
     return outcome

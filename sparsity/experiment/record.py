@@ -51,12 +51,13 @@ def _whole_layer(name: str, run: Run) -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """One member: its checked run, its folder, its config and notes as they are written into the result."""
+    """One member: its checked run, its folder; its config, notes and overrides as they are written into the result."""
 
     run: Run
     folder: Path
     config: Any = None
     notes: Sequence[str] = ()
+    overrides: Sequence[str] = ()  # of the command line: those that run the member by itself
 
 
 class Record:
@@ -234,6 +235,7 @@ class Record:
             **results.describe_report(report),
             "seconds": {**self.seconds, "total": time.perf_counter() - self.start},
             "warnings": self.warnings[member],
+            "overrides": list(job.overrides),
             "environment": results.environment(self.device, precision_of(job.run, self.device)),
             "config": job.config,
         }

@@ -1,5 +1,6 @@
 """Result files of a run, and its numbers in words; README.md documents the schema of `result.json`."""
 
+import contextlib
 import csv
 import json
 import math
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 
 from sparsity.accounting import Report, Row
+from sparsity.errors import reason
 from sparsity.training import Epoch
 
 FORMAT = 1
+FAILURE = "failure.json"
 PACKAGES = ("torch", "torchvision", "hydra-core", "optuna", "numpy")
 LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "threshold", "live_inputs")
 LAYER_FIELDS += ("live_outputs", "macs")
@@ -135,6 +138,19 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_text(folder / "result.json", json.dumps(_finite(result), indent=1, allow_nan=False, default=str) + "\n")
     rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
     write_text(folder / "layers.csv", _csv(LAYER_FIELDS, rows))
+
+
+def write_failure(folder: Path, error: Exception) -> None:
+    """`failure.json`: why a member of a sweep has no result; a disk that refuses even that is left alone."""
+    with contextlib.suppress(OSError):
+        text = {"kind": type(error).__name__, "error": reason(error)}
+        write_text(folder / FAILURE, json.dumps(text, indent=1) + "\n")
+
+
+def clear_failure(folder: Path) -> None:
+    """Takes away the failure of an earlier try."""
+    with contextlib.suppress(OSError):
+        (folder / FAILURE).unlink(missing_ok=True)
 
 
 def _finite(value: Any) -> Any:
