@@ -134,6 +134,7 @@ class Run:
     threads: Annotated[int, Range(1, 1024)] | None
     sensitivity: float
     plots: bool
+    store: str | None  # the folder of finished stages
     objectives: list[Literal[tuple(OBJECTIVES)]]
     trust: list[str]
     name: dict[str, str]  # the choice made in each group, for people

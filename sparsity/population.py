@@ -39,6 +39,10 @@ class Population:
         """One member, as a population of one."""
         return self.map(lambda tensor: tensor[index : index + 1])
 
+    def to(self, device: torch.device | str) -> "Population":
+        """The population on a device."""
+        return self.map(lambda tensor: tensor.to(device))
+
     @property
     def trainable(self) -> Tensors:
         """The parameters that their module does not freeze."""
@@ -66,6 +70,18 @@ def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu") -> P
 
     parameters = stacked(lambda module: module.named_parameters())
     return Population(first, layouts(first), parameters, stacked(lambda module: module.named_buffers()))
+
+
+def join(populations: Sequence[Population]) -> Population:
+    """One population of all members; those of one architecture, with masks for the same parameters."""
+    first = populations[0]
+    if len(populations) == 1:
+        return first
+    parts = {
+        name: {key: torch.cat([getattr(each, name)[key] for each in populations]) for key in getattr(first, name)}
+        for name in PARTS
+    }
+    return replace(first, **parts)
 
 
 def choose(which: Tensor, new: Population, old: Population) -> Population:

@@ -38,6 +38,16 @@ class Ingredients:
     seeds: list[int]
     watcher: Callable[[str], Watcher]
 
+    def take(self, members: list[int]) -> "Ingredients":
+        """The ingredients of some of the members."""
+        pools = [(names, sensitivity[members]) for names, sensitivity in self.rule.pools]
+        penalty = self.penalty
+        if penalty is not None:
+            numbers = {name: number[members] for name, number in penalty.numbers.items()}
+            penalty = replace(penalty, decay=penalty.decay[members], numbers=numbers)
+        seeds = [self.seeds[member] for member in members]
+        return replace(self, penalty=penalty, rule=replace(self.rule, pools=pools), seeds=seeds)
+
 
 class Pruned(NamedTuple):
     """What pruning gives back: the population, and by parameter what the rule saw, one entry a member."""

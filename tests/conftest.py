@@ -46,7 +46,7 @@ def mnist_root() -> str:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the pipeline on digits with the smoke schedule, in a folder of its own; overrides come last."""
+    """Runs the pipeline on digits with the smoke schedule, in a folder of its own, without a store; overrides come last."""
     monkeypatch.chdir(tmp_path)
     counter = iter(range(1000))
 
@@ -54,7 +54,8 @@ def run(tmp_path, monkeypatch):
         import sparsity
 
         given = {override.partition("=")[0] for override in overrides}
-        defaults = {"data": "digits", "schedule": "smoke", "hydra.run.dir": str(tmp_path / f"run{next(counter)}")}
+        defaults = {"data": "digits", "schedule": "smoke", "store": "null"}
+        defaults["hydra.run.dir"] = str(tmp_path / f"run{next(counter)}")
         added = [f"{key}={value}" for key, value in defaults.items() if key not in given]
         return sparsity.run([*added, *overrides])
 

@@ -246,7 +246,7 @@ def test_a_finished_run_is_not_written_over(run, tmp_path):
     result = run(*SMALL, "stages=[pretrain]", "plots=false")
     before = (tmp_path / "run0" / "result.json").read_text()
     with pytest.raises(ConfigError, match="holds a finished run"):
-        run(*SMALL, "stages=[pretrain]", "plots=false", f"hydra.run.dir={result['folder']}")
+        run(*SMALL, "stages=[pretrain]", "plots=false", "seed=1", f"hydra.run.dir={result['folder']}")
     assert (tmp_path / "run0" / "result.json").read_text() == before
 
 

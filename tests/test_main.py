@@ -8,7 +8,15 @@ import sys
 import pytest
 from conftest import ROOT
 
-MLP = ("data=digits", "schedule=smoke", "model=mlp", "model.factory.hidden=[20]", "plots=false", "threads=1")
+MLP = (
+    "data=digits",
+    "schedule=smoke",
+    "model=mlp",
+    "model.factory.hidden=[20]",
+    "plots=false",
+    "threads=1",
+    "store=null",
+)
 
 
 def main(*arguments, **environment):
@@ -85,7 +93,12 @@ def test_a_search(tmp_path):
 
 @pytest.mark.slow
 def test_real_mnist(tmp_path, mnist_root):
-    arguments = ["schedule.pretrain.epochs=2", "schedule.regularize.epochs=3", "schedule.finetune.epochs=1"]
+    arguments = [
+        "store=null",
+        "schedule.pretrain.epochs=2",
+        "schedule.regularize.epochs=3",
+        "schedule.finetune.epochs=1",
+    ]
     done = main(*arguments, f"hydra.run.dir={tmp_path}", f"data.root={mnist_root}")
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "result.json").read_text())

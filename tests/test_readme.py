@@ -29,7 +29,7 @@ def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
 
     status, said = python("-m", "pytest", "-k", "log_sum", "tests/test_methods.py", "tests/test_configs.py")
     assert status == 0 and int(re.search(r"(\d+) passed", said)[1]) > 40, said
-    small = ("data=digits", "schedule=smoke", "plots=false", "threads=1")
+    small = ("data=digits", "schedule=smoke", "plots=false", "threads=1", "store=null")
     status, said = python("main.py", "reg=log_sum", "reg.penalty.epsilon=0.05", *small)
     assert status == 0, said
     status, said = python("main.py", "reg=log_sum", "reg.penalty.epsilon=0", *small)

@@ -12,7 +12,7 @@ LEVELS = [
     {"models", "data", "regularizers", "pruning", "schedules", "graph"},
     {"population", "weights"},
     {"training", "accounting"},
-    {"stages", "config", "results", "console"},
+    {"stages", "config", "results", "console", "store"},
     {"experiment"},
 ]
 KNOW_HYDRA = {"config", "experiment"}

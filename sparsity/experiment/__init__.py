@@ -6,12 +6,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sparsity import config, results
+from sparsity.data import Splits
 from sparsity.errors import ConfigError, SparsityError
+from sparsity.experiment.keys import Key, stage_keys
 from sparsity.experiment.parts import (
     can_be_stacked,
     check_methods,
@@ -20,8 +23,10 @@ from sparsity.experiment.parts import (
     ingredients,
     load_data,
     machine,
+    precision_of,
 )
 from sparsity.experiment.record import Job, Record
+from sparsity.store import Store
 
 log = logging.getLogger("sparsity")
 
@@ -68,7 +73,8 @@ def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Seque
     for line in idle:
         log.warning(f"warning: {line}")
     overrides = [entry for entry in hydra.overrides.task if not entry.startswith("search=")]
-    outcome = run_members([Job(checked, folder, OmegaConf.to_container(composed, resolve=True), idle, overrides)])[0]
+    config_of = OmegaConf.to_container(composed, resolve=True)
+    outcome = run_members([Job(checked, folder, config_of, idle, overrides, hydra.mode is RunMode.MULTIRUN)])[0]
     if isinstance(outcome, SparsityError):
         raise outcome
     return outcome
@@ -88,20 +94,45 @@ def _check_search(composed: DictConfig, hydra: DictConfig) -> None:
 def run_members(jobs: Sequence[Job]) -> list[Outcome]:
     """The result of every job, trained together; a member that diverges gives its error, and the others go on.
 
-    The jobs may differ in seed, decay, sensitivities, and the penalty's own floats alone.
+    The jobs may differ in seed, decay, sensitivities, and the penalty's own floats alone. A job whose folder holds
+    its result already gives that.
     """
+    run = jobs[0].run
+    with machine(run.threads):
+        device = device_of(run.device)
+        kept = None if run.store is None else Store(run.store)
+        splits, fingerprint = load_data(run)
+        splits = splits.to(device)
+        keys = [stage_keys(job.run, fingerprint, device.type, precision_of(job.run, device)) for job in jobs]
+        outcomes: list[Outcome | None] = [_finished(job, key) for job, key in zip(jobs, keys)]
+        left = [index for index, outcome in enumerate(outcomes) if outcome is None]
+        if left:
+            found = _run_left([jobs[index] for index in left], [keys[index] for index in left], splits, device, kept)
+            for index, outcome in zip(left, found):
+                outcomes[index] = outcome
+        return outcomes
+
+
+def _run_left(
+    jobs: Sequence[Job], keys: Sequence[dict[str, Key]], splits: Splits, device: torch.device, kept: Store | None
+) -> list[Outcome]:
+    """The outcome of jobs that are not finished, as one population where they can be stacked."""
     runs = [job.run for job in jobs]
-    with machine(runs[0].threads):
-        device = device_of(runs[0].device)
-        splits = load_data(runs[0]).to(device)
-        population = first_population(runs, splits, device)
-        parts = ingredients(runs, splits, population, device)
-        check_methods(runs[0], population, parts)
-        if not can_be_stacked(population, parts):
-            return [run_members([job])[0] for job in jobs]
-        record = Record(jobs, parts, population, device)
-        for stage in runs[0].stages:
-            record.advance(stage)
-            if record.all_failed:
-                break
-        return record.outcomes()
+    population = first_population(runs, splits, device)
+    parts = ingredients(runs, splits, population, device)
+    check_methods(runs[0], population, parts)
+    if not can_be_stacked(population, parts):
+        return [_run_left([job], [key], splits, device, kept)[0] for job, key in zip(jobs, keys)]
+    record = Record(jobs, keys, parts, population, device, kept)
+    for stage in runs[0].stages:
+        record.advance(stage)
+    return record.outcomes()
+
+
+def _finished(job: Job, keys: dict[str, Key]) -> dict[str, Any] | None:
+    """The result that a folder holds already, if it is of the same stages."""
+    result = results.read_result(job.folder)
+    if result is None or result.get("keys") != {stage: key.key for stage, key in keys.items()}:
+        return None
+    log.info(f"finished before: {job.folder}")
+    return {**result, "folder": str(job.folder)}

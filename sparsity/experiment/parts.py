@@ -1,16 +1,21 @@
 """What a population is made of: device, data, members and the ingredients of its stages, each checked."""
 
 import contextlib
+import dataclasses
+import functools
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from sparsity import config as schema
-from sparsity import console, stages
+from sparsity import console, stages, store
 from sparsity.config import Run
-from sparsity.data import Splits, count_batches, split
+from sparsity.data import Files, Images, Splits, count_batches, split
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
@@ -62,15 +67,48 @@ def machine(threads: int | None) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
 
 
-def load_data(run: Run) -> Splits:
-    """The run's data, split."""
+@dataclass(frozen=True)
+class _Asked:
+    """Data that a run asks for; equal where all its settings are."""
+
+    settings: str
+    data: schema.Data = field(compare=False)
+    name: str = field(compare=False)
+
+
+def load_data(run: Run) -> tuple[Splits, str]:
+    """The run's data, split, and its fingerprint; the last data asked for is kept for the next member of a sweep."""
+    data = run.data
+    numbers = dataclasses.asdict(replace(data, loader=None)) | {"loader": [data.loader.target, data.loader.numbers]}
+    return _load(_Asked(json.dumps(numbers, default=str), data, run.name.get("data", data.loader.target)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(asked: _Asked) -> tuple[Splits, str]:
+    data = asked.data
     try:
-        source = run.data.loader.partial()()
+        source = data.loader.partial()()
     except SparsityError:
         raise
     except Exception as error:  # whatever a loader of the user's own may raise
-        raise DataError(f"data={run.name.get('data')} cannot be loaded: {reason(error)}") from error
-    return split(source, validation=run.data.validation, seed=run.data.validation_seed, normalize=run.data.normalize)
+        raise DataError(f"data={asked.name} cannot be loaded: {reason(error)}") from error
+    splits = split(source, validation=data.validation, seed=data.validation_seed, normalize=data.normalize)
+    return splits, _fingerprint(splits)
+
+
+def _fingerprint(splits: Splits) -> str:
+    """What a stage may learn of the data: every image and label, the split, and how pixels are scaled."""
+    sets = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    digests = {name: part and _set_digest(part) for name, part in sets.items()}
+    return store.key_of({**digests, "mean": splits.mean, "std": splits.std, "num_classes": splits.num_classes})
+
+
+def _set_digest(part: Images | Files) -> str:
+    if isinstance(part, Images):
+        return store.digest({"images": part.images, "labels": part.labels})
+    files = [(path, Path(path).stat()) for path in part.paths]  # too many to read: by name, size and time
+    listed = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files]
+    return store.key_of({"files": listed, "labels": part.labels.tolist(), "shape": list(part.shape)})
 
 
 def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) -> Population:

@@ -5,28 +5,32 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsity import console, results, stages
 from sparsity.accounting import Report, account
 from sparsity.config import Run
 from sparsity.errors import ConfigError, DivergedError, SparsityError
+from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of, precision_of
 from sparsity.graph import Layer, trace
-from sparsity.population import Population
+from sparsity.population import PARTS, Population, join
 from sparsity.results import plots
-from sparsity.stages import Ingredients, Pruned
-from sparsity.training import Trained, evaluate
+from sparsity.stages import Ingredients
+from sparsity.store import Kept, Store
+from sparsity.training import Epoch, evaluate
 from sparsity.weights import write_state
 
 log = logging.getLogger("sparsity")
 
 MEASURED = {"pretrain": "dense", "regularize": "regularized", "prune": "pruned"}  # accuracies after a stage
+PER_MEMBER = ("loss", "penalty", "objective", "validation", "test")  # the numbers of an epoch that are each member's
 
 
 @contextlib.contextmanager
@@ -58,131 +62,163 @@ class Job:
     config: Any = None
     notes: Sequence[str] = ()
     overrides: Sequence[str] = ()  # of the command line: those that run the member by itself
+    in_sweep: bool = False  # says one line on the terminal, not two tables
+
+
+@dataclass
+class Member:
+    """What one member has come to."""
+
+    job: Job
+    keys: Mapping[str, Key]
+    population: Population  # of this member alone
+    error: SparsityError | None = None
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    computed: list[str] = field(default_factory=list)  # the stages that were not in the store
+    measured: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    histories: dict[str, list[Epoch]] = field(default_factory=dict)
+    selected_epoch: int | None = None
+    seen: dict[str, dict[str, float]] = field(default_factory=dict)  # what the pruning rule saw: stds, thresholds
+    states: dict[str, Population] = field(default_factory=dict)  # before and after regularizing
+
+    def warn(self, line: str) -> None:
+        """Keeps a warning for the result."""
+        self.warnings.append(line)
+        log.warning(f"warning: {line}")
 
 
 class Record:
     """Remembers what the stages of one population came to, and writes it down as it comes."""
 
-    def __init__(self, jobs: Sequence[Job], parts: Ingredients, population: Population, device: torch.device):
-        self.jobs, self.parts, self.population, self.device = jobs, parts, population, device
-        self.splits = splits = parts.splits
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        keys: Sequence[Mapping[str, Key]],
+        parts: Ingredients,
+        population: Population,
+        device: torch.device,
+        store: Store | None,
+    ):
+        self.parts, self.device, self.store = parts, device, store
+        self.splits = parts.splits
         self.run = jobs[0].run
-        self.graph: dict[str, Layer] = trace(population.module, splits.example())
+        self.graph: dict[str, Layer] = trace(population.module, parts.splits.example())
         self.start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-        self.measured: dict[str, list[dict[str, float | None]]] = {}
-        self.histories: dict[str, list[Any]] = {}
-        self.selected_epoch: list[int] | None = None
-        self.pruned: Pruned | None = None
-        self.states: dict[str, Population] = {}  # before and after regularizing
-        self.errors: list[SparsityError | None] = [None] * len(jobs)
-        self.warnings: list[list[str]] = [[*job.notes] for job in jobs]
-        self._note_whole_network()
-        self._check_folders()
+        self.members = [
+            Member(job, key, population.member(index), warnings=[*job.notes])
+            for index, (job, key) in enumerate(zip(jobs, keys))
+        ]
+        self._note_whole_network(population)
+        for job in jobs:
+            _check_folder(job.folder)
         if self.run.model.weights is not None:
-            self.measured["dense"] = self._measure()
+            for member, accuracy in zip(self.members, self._measure(population)):
+                member.measured |= {"dense": accuracy, "final": accuracy}
 
-    def _note_whole_network(self) -> None:
-        weights = [name for name, layout in self.population.layouts.items() if layout.kind == "weight"]
+    def _note_whole_network(self, population: Population) -> None:
+        weights = [name for name, layout in population.layouts.items() if layout.kind == "weight"]
         unseen = [name for name in weights if name not in self.graph]
         if unseen:
             self._warn_all(f"MACs leave out {', '.join(unseen)}: no linear layer or convolution uses them directly")
         if self.splits.validation is None and "finetune" in self.run.stages:
             self._warn_all("data.validation=0: nothing is selected; the network will be that of the last epoch")
 
-    def _check_folders(self) -> None:
-        """A folder that cannot be written is found out before anything trains."""
-        for job in self.jobs:
-            if (job.folder / "result.json").exists():
-                raise ConfigError(f"hydra.run.dir={job.folder} holds a finished run: name another folder or remove it")
-            with _writing(job.folder):
-                (job.folder / "stages").mkdir(parents=True, exist_ok=True)
-                if not os.access(job.folder / "stages", os.W_OK):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    def _warn_all(self, line: str) -> None:
+        for member in self.members:
+            member.warnings.append(line)
+        log.warning(f"warning: {line}")
 
     @property
-    def all_failed(self) -> bool:
-        """Whether no member is left."""
-        return None not in self.errors
+    def alive(self) -> list[Member]:
+        """The members that have not failed."""
+        return [member for member in self.members if member.error is None]
 
     def advance(self, stage: str) -> None:
-        """Takes one stage."""
-        before, start = self.population, time.perf_counter()
-        if stage == "prune":
-            self._take_pruned(stages.prune(before, self.parts))
-        else:
-            self._take_trained(stage, getattr(stages, stage)(before, self.parts))
-        self.seconds[stage] = time.perf_counter() - start
-        if stage in MEASURED:
-            self.measured[MEASURED[stage]] = self._measure()
-        if stage == "regularize":
-            self.states = {"before regularizing": before, "after regularizing": self.population}
-        self._keep(stage)
-        if stage in ("prune", "finetune") and len(self.jobs) == 1:
-            console.show_report(f"after {stage}", self._report(0))
+        """Takes one stage: from the store where it is there, else computed, once for the members that share it."""
+        finished = self._found(stage, self.alive)
+        missing = [member for member in self.alive if member.keys[stage].key not in finished]
+        if missing:
+            with self._claimed(stage, missing):
+                finished |= self._found(stage, missing)  # by whoever held the lock until now
+                finished |= self._computed(stage, _first_of_each(stage, missing, finished))
+        for member in self.alive:
+            self._take(stage, member, finished[member.keys[stage].key])
 
-    def _take_trained(self, stage: str, trained: Trained) -> None:
-        self.population = trained.selected
-        self.histories[stage] = trained.history
-        if stage == "finetune":
-            self.selected_epoch = trained.selected_epoch
-        for member, epoch in enumerate(trained.diverged):
-            if epoch is not None and self.errors[member] is None:
-                self.errors[member] = self._divergence(stage, epoch, member)
+    def _found(self, stage: str, members: Iterable[Member]) -> dict[str, Kept]:
+        if self.store is None:
+            return {}
+        found = {key: self.store.find(stage, key) for key in {member.keys[stage].key for member in members}}
+        found = {key: kept for key, kept in found.items() if kept is not None}
+        for kept in found.values():
+            log.info(f"{stage:<10} from the store | computed in {_minutes(kept.note['seconds'])}")
+        return found
 
-    def _divergence(self, stage: str, epoch: int, member: int) -> DivergedError:
-        run, numbers = self.jobs[member].run, getattr(self.run.schedule, stage)
-        causes = f"schedule.{stage}.lr={numbers.lr:g}"
-        if stage == "regularize" and run.reg.penalty is not None:
-            causes += f" or reg.decay={run.reg.decay:g}"
-        return DivergedError(
-            f"{stage}: the loss became NaN or infinite in epoch {epoch}; {causes} is likely too large: lower it (the "
-            f"last good state is in {self._stage_file(stage, member)})"
-        )
+    def _claimed(self, stage: str, members: Iterable[Member]) -> contextlib.AbstractContextManager[None]:
+        if self.store is None:
+            return contextlib.nullcontext()
+        return self.store.claim(stage, [member.keys[stage].key for member in members])
 
-    def _take_pruned(self, pruned: Pruned) -> None:
-        self.pruned, self.population = pruned, pruned.population
-        for member, job in enumerate(self.jobs):
-            for name in pruned.population.masks:
-                is_weight = pruned.population.layouts[name].kind == "weight"
-                if is_weight and not pruned.population.parameters[name][member].any():
-                    self._warn(member, _whole_layer(name, job.run))
+    def _computed(self, stage: str, members: list[Member]) -> dict[str, Kept]:
+        """The stage of some members, trained together, and kept."""
+        if not members:
+            return {}
+        start = time.perf_counter()
+        before = join([member.population for member in members])
+        after, notes = _run_stage(stage, before, self.parts.take([self.members.index(member) for member in members]))
+        seconds = time.perf_counter() - start
+        for note, accuracy in zip(notes, self._measure(after)):
+            note.update(accuracy=accuracy, seconds=seconds, **self._circumstances(len(members)))
+        computed = {}
+        for index, (member, note) in enumerate(zip(members, notes)):
+            kept = computed[member.keys[stage].key] = Kept(_tensors(after, index), note)
+            member.computed.append(stage)
+            if self.store is not None and note.get("diverged") is None:
+                self.store.keep(stage, *_named(member.keys[stage]), kept=kept)
+        return computed
 
-    def _warn(self, member: int, line: str) -> None:
-        self.warnings[member].append(line)
-        log.warning(f"warning: {line}")
+    def _circumstances(self, num_members: int) -> dict[str, Any]:
+        """What a stage was computed with that its key leaves out."""
+        return {"threads": torch.get_num_threads(), "torch": torch.__version__, "members": num_members}
 
-    def _warn_all(self, line: str) -> None:
-        for lines in self.warnings:
-            lines.append(line)
-        log.warning(f"warning: {line}")
-
-    def _measure(self) -> list[dict[str, float | None]]:
+    def _measure(self, population: Population) -> list[dict[str, float | None]]:
         """Validation and test accuracy of every member as it is now."""
         held_out = self.splits.validation
-        validation = None if held_out is None else evaluate(self.population, held_out, self.splits)
-        test = evaluate(self.population, self.splits.test, self.splits)
-        return [
-            {"validation": validation and validation[member], "test": test[member]} for member in range(len(self.jobs))
-        ]
+        validation = None if held_out is None else evaluate(population, held_out, self.splits)
+        test = evaluate(population, self.splits.test, self.splits)
+        return [{"validation": validation and validation[index], "test": value} for index, value in enumerate(test)]
 
-    def _report(self, member: int) -> Report:
-        parameters = {name: parameter[member].detach() for name, parameter in self.population.parameters.items()}
-        if self.pruned is None:
-            return account(parameters, self.population.layouts, self.graph)
-        stds = {name: values[member] for name, values in self.pruned.stds.items()}
-        thresholds = {name: values[member] for name, values in self.pruned.thresholds.items()}
-        return account(parameters, self.population.layouts, self.graph, stds=stds, thresholds=thresholds)
+    def _take(self, stage: str, member: Member, kept: Kept) -> None:
+        """Brings one member to where a finished stage leaves it."""
+        before, note = member.population, kept.note
+        member.population = _population(kept.tensors, before, self.device)
+        member.seconds[stage] = note["seconds"]
+        member.measured["final"] = member.measured[MEASURED.get(stage, stage)] = note["accuracy"]
+        if stage == "prune":
+            member.seen = {name: note[name] for name in ("stds", "thresholds")}
+            _warn_of_whole_layers(member)
+        else:
+            member.histories[stage] = [_epoch(row) for row in note["history"]]
+        if stage == "regularize":
+            member.states = {"before regularizing": before, "after regularizing": member.population}
+        if stage == "finetune":
+            member.selected_epoch = note["selected_epoch"]
+        self._keep(stage, member)
+        if note.get("diverged") is not None:
+            member.error = _divergence(stage, note["diverged"], member)
+        elif stage in ("prune", "finetune") and not member.job.in_sweep:
+            console.show_report(f"after {stage}", self._report(member))
 
-    def _stage_file(self, stage: str, member: int) -> Path:
-        return self.jobs[member].folder / "stages" / f"{stage}.safetensors"
+    def _keep(self, stage: str, member: Member) -> None:
+        """The files of one stage in the member's folder."""
+        with _writing(member.job.folder):
+            description = self._description(member.job.run, stage)
+            write_state(_stage_file(stage, member), member.population.state(0), description)
+            results.write_history(member.job.folder, member.histories, 0)
 
-    def _keep(self, stage: str) -> None:
-        for member, job in enumerate(self.jobs):
-            state, description = self.population.state(member), self._description(job.run, stage)
-            with _writing(job.folder):
-                write_state(self._stage_file(stage, member), state, description)
-                results.write_history(job.folder, self.histories, member)
+    def _report(self, member: Member) -> Report:
+        parameters = {name: parameter[0].detach() for name, parameter in member.population.parameters.items()}
+        return account(parameters, member.population.layouts, self.graph, **member.seen)
 
     def _description(self, run: Run, stage: str) -> dict[str, Any]:
         """What a weights file says of its network."""
@@ -199,43 +235,142 @@ class Record:
 
     def outcomes(self) -> list[dict[str, Any] | SparsityError]:
         """Every member's result, written into its folder, or its error."""
-        if self.all_failed:
-            return list(self.errors)
-        self.measured["final"] = self._measure()
-        return [error or self._finish(member) for member, error in enumerate(self.errors)]
+        return [member.error or self._finish(member) for member in self.members]
 
-    def _finish(self, member: int) -> dict[str, Any]:
-        job, report = self.jobs[member], self._report(member)
-        result = self._result(member, report)
+    def _finish(self, member: Member) -> dict[str, Any]:
+        job, report = member.job, self._report(member)
         description = self._description(job.run, ["given", *self.run.stages][-1])
+        result = self._result(member, report)
         with _writing(job.folder):
-            write_state(job.folder / "model.safetensors", self.population.state(member), description)
-            results.write_history(job.folder, self.histories, member)
+            write_state(job.folder / "model.safetensors", member.population.state(0), description)
+            results.write_history(job.folder, member.histories, 0)
             if job.run.plots:
-                states = {name: population.state(member) for name, population in self.states.items()}
-                plots.draw_all(job.folder, self.histories, result["layers"], states, results.title(result), member)
+                states = {name: population.state(0) for name, population in member.states.items()}
+                plots.draw_all(job.folder, member.histories, result["layers"], states, results.title(result), 0)
             results.write_result(job.folder, result)  # the last file: where it is, the run is whole
-        if len(self.jobs) == 1:
-            if not self.run.stages:
-                console.show_report("as given", report)
-            console.show_line(results.summary(result, job.folder))
+        if not self.run.stages and not job.in_sweep:
+            console.show_report("as given", report)
+        console.show_line(results.summary(result, job.folder))
         return {**result, "folder": str(job.folder)}
 
-    def _result(self, member: int, report: Report) -> dict[str, Any]:
-        job = self.jobs[member]
-        measured = {name: each[member] for name, each in self.measured.items()}
-        epoch = None if self.selected_epoch is None else self.selected_epoch[member]
+    def _result(self, member: Member, report: Report) -> dict[str, Any]:
+        run, epoch = member.job.run, member.selected_epoch
         return {
             "format": results.FORMAT,
-            "name": job.run.name,
-            "stages": job.run.stages,
-            "seed": job.run.seed,
-            "accuracy": results.accuracies(measured, self.histories.get("finetune"), epoch, member),
-            "selection": results.selection(job.run.stages, epoch),
+            "name": run.name,
+            "stages": run.stages,
+            "seed": run.seed,
+            "accuracy": results.accuracies(member.measured, member.histories.get("finetune"), epoch, 0),
+            "selection": results.selection(run.stages, epoch),
             **results.describe_report(report),
-            "seconds": {**self.seconds, "total": time.perf_counter() - self.start},
-            "warnings": self.warnings[member],
-            "overrides": list(job.overrides),
-            "environment": results.environment(self.device, precision_of(job.run, self.device)),
-            "config": job.config,
+            "seconds": {**member.seconds, "total": time.perf_counter() - self.start},
+            "computed": member.computed,
+            "keys": {stage: key.key for stage, key in member.keys.items()},
+            "warnings": member.warnings,
+            "overrides": list(member.job.overrides),
+            "environment": results.environment(self.device, precision_of(run, self.device)),
+            "config": member.job.config,
         }
+
+
+def _check_folder(folder: Path) -> None:
+    """A folder that cannot be written is found out before anything trains."""
+    if (folder / "result.json").exists():
+        raise ConfigError(f"hydra.run.dir={folder} holds a finished run: name another folder or remove it")
+    with _writing(folder):
+        (folder / "stages").mkdir(parents=True, exist_ok=True)
+        if not os.access(folder / "stages", os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _first_of_each(stage: str, members: Iterable[Member], finished: Mapping[str, Kept]) -> list[Member]:
+    """One member for each key that is not finished."""
+    first: dict[str, Member] = {}
+    for member in members:
+        first.setdefault(member.keys[stage].key, member)
+    return [member for key, member in first.items() if key not in finished]
+
+
+def _named(key: Key) -> tuple[str, dict[str, Any]]:
+    return key.key, key.ingredients
+
+
+def _run_stage(stage: str, before: Population, parts: Ingredients) -> tuple[Population, list[dict[str, Any]]]:
+    """The population after a stage, and what there is to say of each member."""
+    members = range(before.num_members)
+    if stage == "prune":
+        pruned = stages.prune(before, parts)
+        seen = {"stds": pruned.stds, "thresholds": pruned.thresholds}
+        notes = [{kind: {name: each[m] for name, each in seen[kind].items()} for kind in seen} for m in members]
+        return pruned.population, notes
+    trained = getattr(stages, stage)(before, parts)
+    epochs = trained.selected_epoch or [None] * before.num_members
+    notes = [
+        {
+            "history": [_row(epoch, member) for epoch in trained.history],
+            "selected_epoch": epochs[member],
+            "diverged": trained.diverged[member],
+        }
+        for member in members
+    ]
+    return trained.selected, notes
+
+
+def _row(epoch: Epoch, member: int) -> dict[str, Any]:
+    """One member's numbers of an epoch."""
+    return {
+        name: value[member] if name in PER_MEMBER and value is not None else value
+        for name, value in epoch._asdict().items()
+    }
+
+
+def _epoch(row: Mapping[str, Any]) -> Epoch:
+    """An epoch of one member from its numbers."""
+    return Epoch(
+        **{name: [value] if name in PER_MEMBER and value is not None else value for name, value in row.items()}
+    )
+
+
+def _tensors(population: Population, index: int) -> dict[str, Tensor]:
+    """One member's tensors under the names that the store keeps them by, such as `masks.fc1.weight`."""
+    return {
+        f"{part}.{name}": tensor[index].detach().to("cpu", copy=True).contiguous()
+        for part in PARTS
+        for name, tensor in getattr(population, part).items()
+    }
+
+
+def _population(tensors: Mapping[str, Tensor], like: Population, device: torch.device) -> Population:
+    """A population of one from the tensors that the store keeps, in the order that the module has them in."""
+    names = {**dict.fromkeys(like.parameters), **dict.fromkeys(like.buffers)}
+    parts = {
+        part: {name: tensors[f"{part}.{name}"].to(device).unsqueeze(0) for name in names if f"{part}.{name}" in tensors}
+        for part in PARTS
+    }
+    return replace(like, **parts)
+
+
+def _warn_of_whole_layers(member: Member) -> None:
+    population = member.population
+    for name in population.masks:
+        if population.layouts[name].kind == "weight" and not population.parameters[name].any():
+            member.warn(_whole_layer(name, member.job.run))
+
+
+def _divergence(stage: str, epoch: int, member: Member) -> DivergedError:
+    run = member.job.run
+    causes = f"schedule.{stage}.lr={getattr(run.schedule, stage).lr:g}"
+    if stage == "regularize" and run.reg.penalty is not None:
+        causes += f" or reg.decay={run.reg.decay:g}"
+    return DivergedError(
+        f"{stage}: the loss became NaN or infinite in epoch {epoch}; {causes} is likely too large: lower it (the "
+        f"last good state is in {_stage_file(stage, member)})"
+    )
+
+
+def _stage_file(stage: str, member: Member) -> Path:
+    return member.job.folder / "stages" / f"{stage}.safetensors"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60}:{int(seconds) % 60:02}"

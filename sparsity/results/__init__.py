@@ -140,6 +140,15 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     write_text(folder / "layers.csv", _csv(LAYER_FIELDS, rows))
 
 
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """What `result.json` of a folder holds; None where there is none that can be read."""
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) else None
+
+
 def write_failure(folder: Path, error: Exception) -> None:
     """`failure.json`: why a member of a sweep has no result; a disk that refuses even that is left alone."""
     with contextlib.suppress(OSError):

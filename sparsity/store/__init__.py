@@ -1,0 +1,243 @@
+"""Finished stages on disk, each under the hash of everything that determined it: `python -m sparsity.store --help`.
+
+A stage is computed once, whoever asks: while one process computes it, others wait for its lock, which the operating
+system takes from a process that dies.
+"""
+
+import ast
+import contextlib
+import hashlib
+import inspect
+import json
+import logging
+import os
+import tempfile
+import textwrap
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sparsity.errors import ConfigError, reason
+from sparsity.tensors import Tensors
+
+log = logging.getLogger("sparsity")
+
+FORMAT = 1  # of the files and of what a stage computes: raised when either changes, so that old files are not used
+METADATA_KEY = "sparsity"
+KEY_LENGTH = 32  # hexadecimal digits
+SUFFIX = ".safetensors"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One member's finished stage."""
+
+    tensors: Tensors
+    note: dict[str, Any]  # what else there is to say of it, as JSON takes it
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def key_of(ingredients: Mapping[str, Any]) -> str:
+    """The key of a stage: the hash of its ingredients, as JSON takes them."""
+    return hashlib.sha256(_canonical(ingredients).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The hash of named tensors: names, types, shapes and bytes."""
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        hashed.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return hashed.hexdigest()
+
+
+def file_digest(path: str | Path) -> str:
+    """The hash of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_of(function: Any) -> dict[str, str]:
+    """The hash of a function's or class's source, and of all that it names in its own package; {} of torch's own.
+
+    Comments, docstrings and blank lines do not count, so that only a change of what is computed changes the hash.
+    """
+    found: dict[str, str] = {}
+    package = _package(function)
+    waiting = [] if package in ("torch", "torchvision", "builtins") else [function]
+    while waiting:
+        each = waiting.pop()
+        name = f"{each.__module__}.{each.__qualname__}"
+        source = None if name in found else _bare_source(each)
+        if source is not None:
+            found[name] = hashlib.sha256(source.encode()).hexdigest()[:KEY_LENGTH]
+            waiting += [other for other in _named_in(each) if _package(other) == package]
+    return found
+
+
+def _package(thing: Any) -> str:
+    return str(getattr(thing, "__module__", "")).partition(".")[0]
+
+
+def _bare_source(thing: Any) -> str | None:
+    """The source of a function or class without comments and docstrings; None where there is none to read."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _named_in(thing: Any) -> list[Any]:
+    """The functions and classes that the code of a function, or of a class's methods and bases, names."""
+    if inspect.isclass(thing):
+        methods = [getattr(entry, "__func__", entry) for entry in vars(thing).values()]
+        inner = [named for method in methods if inspect.isfunction(method) for named in _named_in(method)]
+        return [*thing.__bases__, *inner]
+    if not inspect.isfunction(thing):
+        return []
+    names = {name for code in _codes(thing.__code__) for name in code.co_names}
+    named = [thing.__globals__[name] for name in sorted(names) if name in thing.__globals__]
+    return [each for each in named if inspect.isfunction(each) or inspect.isclass(each)]
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    """A code object and those of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+class Store:
+    """A folder of finished stages: `<stage>/<key>.safetensors`."""
+
+    def __init__(self, folder: str | Path):
+        """Refuses a folder that cannot be written, before anything is computed for it."""
+        self.folder = Path(folder).absolute()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as probe:
+                probe.write(b"0")
+        except OSError as error:
+            raise ConfigError(
+                f"store={folder} cannot be written ({error.strerror or error}): give another folder by store=FOLDER, "
+                "or store=null to keep no stages"
+            ) from error
+
+    def path(self, stage: str, key: str) -> Path:
+        """Where a stage lies, or would."""
+        return self.folder / stage / f"{key}{SUFFIX}"
+
+    def find(self, stage: str, key: str) -> Kept | None:
+        """The finished stage of a key, or None; a damaged file is set aside with a warning."""
+        path = self.path(stage, key)
+        if not path.is_file():
+            return None
+        try:
+            kept = _read(path, key)
+            os.utime(path)  # `clean` goes by when a stage was last used
+            return kept
+        except FileNotFoundError:  # cleaned away meanwhile
+            return None
+        except (Damaged, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            aside = path.with_name(f"{path.name}.damaged")
+            with contextlib.suppress(OSError):
+                os.replace(path, aside)
+            log.warning(f"warning: {path} is damaged ({reason(error)}): set aside as {aside.name}, computed again")
+            return None
+
+    def keep(self, stage: str, key: str, ingredients: Mapping[str, Any], *, kept: Kept) -> None:
+        """Writes a finished stage, whole or not at all; a disk that refuses it costs a warning, not the run."""
+        path = self.path(stage, key)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        description = {"format": FORMAT, "stage": stage, "ingredients": ingredients, "note": kept.note}
+        described = {**description, "checksum": _checksum(kept.tensors, description)}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            safetensors.torch.save_file(kept.tensors, temporary, metadata={METADATA_KEY: json.dumps(described)})
+            os.replace(temporary, path)
+        except (OSError, safetensors.SafetensorError) as error:
+            log.warning(f"warning: store={self.folder} cannot keep {stage} ({reason(error)}): the run goes on without")
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def claim(self, stage: str, keys: Sequence[str]) -> Iterator[None]:
+        """Holds the locks of stages; while another process holds one, waits for it, in an order that all share."""
+        with contextlib.ExitStack() as held:
+            for key in sorted(set(keys)):
+                held.enter_context(self._lock(stage, key))
+            yield
+
+    @contextlib.contextmanager
+    def _lock(self, stage: str, key: str) -> Iterator[None]:
+        path = self.path(stage, key).with_suffix(".lock")
+        lock = filelock.FileLock(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+            except filelock.Timeout:
+                log.info(f"{stage:<10} waits for another process that computes it")
+                lock.acquire()
+        except (OSError, NotImplementedError) as error:
+            log.warning(
+                f"warning: store={self.folder} has no locks ({reason(error)}): {stage} may be computed more than once"
+            )
+        try:
+            yield
+            if self.path(stage, key).is_file():  # whoever waits for the lock looks for the stage first
+                path.unlink(missing_ok=True)
+        finally:
+            lock.release()
+
+
+class Damaged(Exception):
+    """What is wrong with a file of the store."""
+
+
+def _read(path: Path, key: str) -> Kept:
+    described = read_description(path)
+    description = {name: described[name] for name in ("format", "stage", "ingredients", "note")}
+    if key_of(described["ingredients"]) != key:
+        raise Damaged("its ingredients are not those of its name")
+    tensors = safetensors.torch.load_file(path)
+    if _checksum(tensors, description) != described["checksum"]:
+        raise Damaged("its checksum differs")
+    return Kept(tensors, described["note"])
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """What a stage's file says of itself: format, stage, ingredients, note and checksum."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        raise Damaged("it says nothing of itself")
+    return json.loads(metadata[METADATA_KEY])
+
+
+def _checksum(tensors: Tensors, description: Mapping[str, Any]) -> str:
+    return hashlib.sha256(f"{digest(tensors)} {_canonical(description)}".encode()).hexdigest()

@@ -1,0 +1,193 @@
+"""Looks at a store of finished stages, and cleans it: `python -m sparsity.store --help`."""
+
+import argparse
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import NamedTuple
+
+import safetensors
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from sparsity.errors import ConfigError, SparsityError, reason
+from sparsity.store import SUFFIX, Damaged, read_description
+
+
+class Entry(NamedTuple):
+    """One file of a store."""
+
+    stage: str
+    path: Path
+    num_bytes: int
+    last_used: float  # seconds since 1970
+
+    @property
+    def key(self) -> str:
+        """The key of the stage."""
+        return self.path.name.partition(".")[0]
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The stages of a store, the latest used first; damaged files that were set aside among them."""
+    found = []
+    for path in folder.glob(f"*/*{SUFFIX}*"):
+        with contextlib.suppress(FileNotFoundError):  # cleaned away meanwhile
+            stat = path.stat()
+            is_being_written = path.name.startswith(".") and time.time() - stat.st_mtime < UNITS["d"]
+            if not is_being_written:
+                found.append(Entry(path.parent.name, path, stat.st_size, stat.st_mtime))
+    return sorted(found, key=lambda entry: -entry.last_used)
+
+
+def to_clean(
+    found: Sequence[Entry], *, now: float, age: float | None, size: float | None, used: Set[str] | None
+) -> list[Entry]:
+    """The stages that go: unused for `age` seconds; beyond `size` bytes, the latest used staying; of no key in `used`.
+
+    What is None is not looked at; `found` is sorted by last use, as `entries` gives it.
+    """
+    room = float("inf") if size is None else size
+    gone = []
+    for entry in found:
+        is_old = age is not None and now - entry.last_used > age
+        is_unused = used is not None and entry.key not in used
+        fits = entry.num_bytes <= room
+        if is_old or is_unused or not fits:
+            gone.append(entry)
+        if fits:
+            room -= entry.num_bytes
+    return gone
+
+
+def keys_in_use(folders: Iterable[Path]) -> set[str]:
+    """The keys that the results anywhere under some folders name."""
+    used: set[str] = set()
+    for folder in folders:
+        for path in folder.rglob("result.json"):
+            try:
+                used |= set(json.loads(path.read_text(encoding="utf-8")).get("keys", {}).values())
+            except (OSError, ValueError, AttributeError) as error:
+                raise ConfigError(f"{path} cannot be read ({reason(error)}): mend or remove it, then clean") from error
+    return used
+
+
+UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+SIZES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def _amount(units: Mapping[str, int], example: str) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number, unit = (text[:-1], text[-1]) if text[-1:] in units else (text, "")
+        try:
+            amount = float(number) * units[unit]
+        except (ValueError, KeyError):
+            amount = float("nan")
+        if not 0 <= amount < float("inf"):
+            raise argparse.ArgumentTypeError(f"got {text!r}, where such as {example} is wanted")
+        return amount
+
+    return read
+
+
+def _size_of(num_bytes: float) -> str:
+    unit = next((unit for unit, size in reversed(SIZES.items()) if num_bytes >= size), "")
+    return f"{num_bytes / SIZES[unit]:.1f} {unit}B" if unit else f"{num_bytes:.0f} B"
+
+
+def _age_of(seconds: float) -> str:
+    unit = next((unit for unit, size in reversed(UNITS.items()) if seconds >= size), "s")
+    return f"{seconds / UNITS[unit]:.0f}{unit}"
+
+
+def _says(entry: Entry) -> str:
+    """What a stage was made of, in a few words."""
+    if not entry.path.name.endswith(SUFFIX):
+        return "damaged"
+    try:
+        own = read_description(entry.path)["ingredients"]
+    except (Damaged, safetensors.SafetensorError, OSError, ValueError, KeyError):
+        return "damaged"
+    words = [f"seed={own['seed']}"]
+    words += [own["penalty"]["target"].rpartition(".")[2], f"decay={own['decay']:g}"] if "penalty" in own else []
+    if "rule" in own:
+        words += [own["rule"]["rule"]["target"].rpartition(".")[2], f"sensitivity={own['sensitivity']:g}"]
+    if "schedule" in own:
+        words.append(f"epochs={own['schedule']['epochs']}")
+    if isinstance(own["before"], dict):
+        words.insert(0, own["before"]["model"]["target"].rpartition(".")[2])
+    else:
+        words.append(f"after {own['before'][:SHORT]}")
+    return " ".join(words)
+
+
+SHORT = 8  # digits of a key that tell stages apart in a list
+
+
+def _list(found: Sequence[Entry], now: float) -> None:
+    table = Table(box=SIMPLE_HEAD)
+    for column in ("stage", "key", "size", "last used", "made of"):
+        table.add_column(column, justify="right" if column in ("size", "last used") else "left", no_wrap=True)
+    for entry in found:
+        ago = f"{_age_of(now - entry.last_used)} ago"
+        table.add_row(entry.stage, entry.key, _size_of(entry.num_bytes), ago, _says(entry))
+    if found:
+        Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
+    print(f"{len(found)} stages, {_size_of(sum(entry.num_bytes for entry in found))}")
+
+
+WIDTH = 140  # characters where the output is no terminal
+
+
+def _clean(given: argparse.Namespace, found: Sequence[Entry], now: float) -> None:
+    if given.older_than is None and given.max_size is None and not given.unused:
+        raise ConfigError("clean needs one of --older-than 30d, --max-size 10G, --unused: what is to go?")
+    missing = [folder for folder in given.results if given.unused and not folder.is_dir()]
+    if missing:
+        raise ConfigError(f"--results {missing[0]} is no folder: name those that hold the results to keep")
+    used = keys_in_use(given.results) if given.unused else None
+    gone = to_clean(found, now=now, age=given.older_than, size=given.max_size, used=used)
+    if not given.dry_run:
+        for entry in gone:
+            entry.path.unlink(missing_ok=True)
+    freed = _size_of(sum(entry.num_bytes for entry in gone))
+    print(f"{'would remove' if given.dry_run else 'removed'} {len(gone)} of {len(found)} stages, {freed}")
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m sparsity.store", description="Looks at the store of finished stages.")
+    parser.add_argument("--store", type=Path, default=Path("outputs/store"), help="its folder (%(default)s)")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="every stage: size, when last used, what it was made of")
+    clean = actions.add_parser("clean", help="removes stages; they are computed again when a run needs them")
+    clean.add_argument("--older-than", type=_amount(UNITS, "30d"), help="those not used for so long: 12h, 30d, 8w")
+    clean.add_argument("--max-size", type=_amount(SIZES, "10G"), help="those last used first, down to this: 500M, 10G")
+    clean.add_argument("--unused", action="store_true", help="those that no result under --results was made from")
+    clean.add_argument("--results", type=Path, nargs="+", default=[Path("outputs")], help="folders (outputs)")
+    clean.add_argument("--dry-run", action="store_true", help="only says what would go")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    given = _arguments().parse_args(arguments)
+    try:
+        if not given.store.is_dir():
+            raise ConfigError(f"--store {given.store} is no folder: name the one that runs were given by store=FOLDER")
+        found, now = entries(given.store), time.time()
+        if given.action == "list":
+            _list(found, now)
+        else:
+            _clean(given, found, now)
+    except (SparsityError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

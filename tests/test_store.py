@@ -1,0 +1,297 @@
+"""The store: keys follow what determines a stage, files are whole or set aside, a stage is computed once."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+from sparsity import store
+from sparsity.errors import ConfigError
+from sparsity.store import Kept, Store
+from sparsity.store.__main__ import entries, keys_in_use, main, to_clean
+
+INGREDIENTS = {"stage": "pretrain", "seed": 3, "before": {"model": {"target": "sparsity.models.mlp"}}}
+KEY = store.key_of(INGREDIENTS)
+SMALL = ("model=mlp", "model.factory.hidden=[8]", "plots=false")
+
+
+def kept():
+    return Kept({"parameters.fc": torch.arange(6.0).reshape(2, 3), "masks.fc": torch.eye(2) > 0}, {"seconds": 1.5})
+
+
+@pytest.fixture
+def filled(tmp_path):
+    filled = Store(tmp_path / "store")
+    filled.keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    return filled
+
+
+def test_what_is_kept_is_found(filled):
+    found = filled.find("pretrain", KEY)
+    assert found.note == {"seconds": 1.5} and found.tensors.keys() == kept().tensors.keys()
+    assert all(torch.equal(found.tensors[name], tensor) for name, tensor in kept().tensors.items())
+    assert filled.find("prune", KEY) is None and filled.find("pretrain", "0" * 32) is None
+    assert [path.name for path in (filled.folder / "pretrain").iterdir()] == [f"{KEY}.safetensors"]
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def flip_a_weight(path):
+    path.write_bytes(path.read_bytes()[:-1] + b"\x07")
+
+
+def edit_the_note(path):
+    path.write_bytes(path.read_bytes().replace(b"1.5", b"2.5"))
+
+
+def say_nothing(path):
+    from safetensors.torch import save_file
+
+    save_file(kept().tensors, path)
+
+
+def take_another_name(path):
+    os.replace(path, path.with_name(f"{'0' * 32}.safetensors"))
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_weight, edit_the_note, say_nothing, take_another_name])
+def test_a_damaged_file_is_set_aside(damage, filled, caplog):
+    path = filled.path("pretrain", KEY)
+    damage(path)
+    key = "0" * 32 if damage is take_another_name else KEY
+    assert filled.find("pretrain", key) is None
+    assert "is damaged" in caplog.text and "set aside" in caplog.text
+    assert [path.name for path in path.parent.iterdir()] == [f"{key}.safetensors.damaged"]
+    filled.keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    assert filled.find("pretrain", KEY) is not None
+
+
+def test_a_disk_that_refuses_costs_a_warning(filled, monkeypatch, caplog):
+    def refuse(*arguments, **keywords):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.safetensors.torch, "save_file", refuse)
+    filled.keep("prune", KEY, INGREDIENTS, kept=kept())
+    assert "No space left on device" in caplog.text and list((filled.folder / "prune").iterdir()) == []
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"store=.*file/store cannot be written .*store=null"):
+        Store(tmp_path / "file" / "store")
+
+
+def _hold(folder, held, end):
+    with Store(folder).claim("pretrain", [KEY]):
+        held.set()
+        end.wait(30)
+
+
+def test_a_lock_is_waited_for_and_dies_with_its_owner(tmp_path, caplog):
+    context = multiprocessing.get_context("spawn")
+    held, end = context.Event(), context.Event()
+    owner = context.Process(target=_hold, args=(tmp_path, held, end))
+    owner.start()
+    assert held.wait(60)
+    os.kill(owner.pid, signal.SIGSTOP)  # neither ends nor lets go
+    alarm = context.Process(target=_kill_later, args=(owner.pid,))
+    alarm.start()
+    with caplog.at_level("INFO"), Store(tmp_path).claim("pretrain", [KEY]):
+        assert not owner.is_alive()
+    assert "waits for another process" in caplog.text
+    owner.join(), alarm.join()
+
+
+def _kill_later(pid):
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_finished_stage_leaves_no_lock(tmp_path):
+    own = Store(tmp_path)
+    with own.claim("pretrain", [KEY]):
+        assert own.path("pretrain", KEY).with_suffix(".lock").exists()
+        own.keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    assert [path.suffix for path in (tmp_path / "pretrain").iterdir()] == [".safetensors"]
+
+
+# --- keys ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_code_of_a_method_is_part_of_its_key(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    helper = "def scale(x):\n    return x * 2\n\n\n"
+    source = helper + 'def penalty(weight):\n    """Says one thing."""\n    return scale(weight)\n'
+    variants = {
+        "one": source,
+        "words": source.replace("one thing", "another").replace("return x * 2", "return x * 2  # twice"),
+        "called": source.replace("x * 2", "x * 3"),
+        "own": source.replace("scale(weight)", "scale(weight) + 1"),
+        "unused": source + "\n\ndef other(x):\n    return x\n",
+    }
+    codes = {}
+    for name, text in variants.items():
+        (tmp_path / f"methods_{name}.py").write_text(text)
+        code = store.code_of(__import__(f"methods_{name}").penalty)
+        codes[name] = sorted(code.values())
+        assert len(code) == 2
+    assert codes["one"] == codes["words"] == codes["unused"]
+    assert codes["one"] != codes["called"] and codes["one"] != codes["own"] and codes["called"] != codes["own"]
+    assert store.code_of(torch.optim.Adam) == {}
+
+
+def test_a_factory_brings_the_code_of_its_network():
+    from sparsity import models
+
+    assert "sparsity.models.LeNet5" in store.code_of(models.lenet5)
+
+
+CHANGES = {
+    "model.factory.hidden=[9]": "pretrain",
+    "seed=1": "pretrain",
+    "data.validation_seed=1": "pretrain",
+    "data.normalize={mean:[0.1],std:[0.3]}": "pretrain",
+    "schedule.batch_size=51": "pretrain",
+    "optimizer=sgd": "pretrain",
+    "precision=bfloat16": "pretrain",
+    "schedule.pretrain.lr=0.01": "pretrain",
+    "reg.decay=0.5": "regularize",
+    "reg=l1": "regularize",
+    "schedule.regularize.epochs=3": "regularize",
+    "sensitivity=0.7": "prune",
+    "prune.layers.fc1=0.5": "prune",
+    "prune=threshold": "prune",
+    "schedule.finetune.epochs=3": "finetune",
+    "plots=true": None,
+    "threads=2": None,
+    "objectives=[accuracy,macs]": None,
+}
+
+
+@pytest.fixture(scope="module")
+def keys():
+    """The keys of a run's stages, whatever the overrides."""
+    import torch
+
+    from sparsity import config
+    from sparsity.experiment import load_data, precision_of, stage_keys
+
+    def keys(*overrides):
+        composed, _ = config.compose(["data=digits", "schedule=smoke", "precision=float32", *SMALL, *overrides])
+        run = config.read(composed)
+        found = stage_keys(run, load_data(run)[1], "cpu", precision_of(run, torch.device("cpu")))
+        return {stage: key.key for stage, key in found.items()}
+
+    return keys
+
+
+@pytest.mark.parametrize("override", CHANGES)
+def test_a_key_changes_with_what_determines_it_and_with_nothing_else(override, keys):
+    before, after = keys(), keys(override)
+    same = [stage for stage in before if before[stage] == after[stage]]
+    stages = list(before)
+    assert same == (stages if CHANGES[override] is None else stages[: stages.index(CHANGES[override])])
+
+
+def test_a_decay_without_a_penalty_changes_no_key(keys):
+    assert keys("reg=none") == keys("reg=none", "reg.decay=0.5")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_computes_no_stage_twice(run, tmp_path):
+    base = (*SMALL, f"store={tmp_path / 'store'}")
+    runs = [run(*base, f"reg.decay={decay}", f"sensitivity={cut}") for decay in (0, 1e-4) for cut in (0.1, 0.5)]
+    assert [result["computed"] for result in runs] == [
+        ["pretrain", "regularize", "prune", "finetune"],
+        ["prune", "finetune"],
+        ["regularize", "prune", "finetune"],
+        ["prune", "finetune"],
+    ]
+    counts = {path.name: len(list(path.iterdir())) for path in (tmp_path / "store").iterdir()}
+    assert counts == {"pretrain": 1, "regularize": 2, "prune": 4, "finetune": 4}
+
+
+def test_a_run_from_the_store_is_the_run_that_filled_it(run, tmp_path):
+    base = (*SMALL, f"store={tmp_path / 'store'}")
+    first, second, alone = run(*base), run(*base), run(*SMALL, "store=null")
+    assert second["computed"] == [] and alone["computed"] == first["computed"] == first["stages"]
+    for other in (second, alone):
+        for name in ("accuracy", "layers", "macs", "warnings", "keys", "selection"):
+            assert other[name] == first[name]
+        for name in ("model.safetensors", "stages/regularize.safetensors", "layers.csv"):
+            files = [(tmp_path / result["folder"] / name).read_bytes() for result in (first, other)]
+            assert files[0] == files[1], name
+    rows = [(tmp_path / result["folder"] / "history.csv").read_text() for result in (first, second)]
+    assert rows[0] == rows[1]
+
+
+def test_a_damaged_stage_is_computed_again(run, tmp_path, caplog):
+    base = (*SMALL, f"store={tmp_path / 'store'}")
+    first = run(*base)
+    cut_short(next((tmp_path / "store" / "regularize").iterdir()))
+    second = run(*base)
+    assert second["computed"] == ["regularize"] and second["layers"] == first["layers"]
+    assert "is damaged" in caplog.text
+
+
+def test_a_diverged_stage_is_not_kept(run, tmp_path):
+    from sparsity.errors import DivergedError
+
+    with pytest.raises(DivergedError):
+        run(*SMALL, f"store={tmp_path / 'store'}", "schedule.regularize.lr=1e30", "optimizer=sgd")
+    assert [path.parent.name for path in (tmp_path / "store").glob("*/*.safetensors")] == ["pretrain"]
+
+
+def test_a_finished_folder_gives_its_result(run, tmp_path):
+    base = (*SMALL, f"hydra.run.dir={tmp_path / 'one'}", "store=null")
+    first = run(*base)
+    stamp = (tmp_path / "one" / "result.json").stat().st_mtime_ns
+    assert run(*base)["accuracy"] == first["accuracy"]
+    assert (tmp_path / "one" / "result.json").stat().st_mtime_ns == stamp
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        run(*base, "seed=1")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_cleaning_by_age_size_and_use(filled, tmp_path):
+    for number in range(3):
+        ingredients = {**INGREDIENTS, "seed": number}
+        filled.keep("pretrain", store.key_of(ingredients), ingredients, kept=kept())
+        os.utime(filled.path("pretrain", store.key_of(ingredients)), (1000 * number, 1000 * number))
+    found = entries(filled.folder)
+    size = found[0].num_bytes
+    nothing = {"now": 2500.0, "age": None, "size": None, "used": None}
+    assert [entry.last_used for entry in found[1:]] == [2000, 1000, 0] and found[0].key == KEY
+    assert to_clean(found, **nothing) == []
+    assert to_clean(found, **{**nothing, "age": 1000.0}) == found[2:]
+    assert to_clean(found, **{**nothing, "size": 2 * size + 10}) == found[2:]
+    assert to_clean(found, **{**nothing, "used": {KEY}}) == found[1:]
+    (tmp_path / "results" / "0").mkdir(parents=True)
+    (tmp_path / "results" / "0" / "result.json").write_text(json.dumps({"keys": {"pretrain": KEY}}))
+    assert keys_in_use([tmp_path / "results"]) == {KEY}
+
+
+def test_the_command_line(filled, tmp_path, capsys):
+    place = ["--store", str(filled.folder)]
+    assert main([*place, "list"]) == 0
+    listed = capsys.readouterr().out
+    assert KEY in listed and "mlp seed=3" in listed and "1 stages" in listed
+    assert main([*place, "clean", "--older-than", "0s", "--dry-run"]) == 0 and filled.path("pretrain", KEY).exists()
+    assert main([*place, "clean"]) == 2 and "clean needs one of" in capsys.readouterr().err
+    assert main([*place, "clean", "--unused", "--results", str(tmp_path / "no")]) == 2
+    assert "is no folder" in capsys.readouterr().err
+    assert main([*place, "clean", "--older-than", "0s"]) == 0 and not filled.path("pretrain", KEY).exists()
+    assert main(["--store", str(tmp_path / "no"), "list"]) == 2 and "is no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*place, "clean", "--max-size", "3x"])
+    assert "such as 10G" in capsys.readouterr().err
