@@ -1,7 +1,9 @@
 """The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
 
 import functools
+import hashlib
 import inspect
+import json
 import math
 import os
 import types
@@ -151,6 +153,63 @@ def register() -> None:
 def _directions(objectives: Sequence[str]) -> list[str]:
     """The direction of each objective; an unknown one is refused by `read`, which says more."""
     return [OBJECTIVES.get(name, "maximize") for name in objectives]
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+NEUTRAL = ("plots", "store", "threads", "trust")  # keys that change no number, and so no sweep
+NAMING = ("search", "model", "data", "reg", "prune")  # groups whose choices make a sweep's name
+
+
+def search_ranges(composed: DictConfig) -> dict[str, str]:
+    """The ranges of a search, each as it stands beside the number that it ranges over: `reg.search.decay`."""
+    ranges = {}
+    for group, root in (("reg", "reg."), ("prune", "")):
+        own = OmegaConf.to_container(composed[group].search, resolve=True) or {}
+        ranges |= {f"{root}{key}": str(text) for key, text in _flatten(own).items()}
+    return ranges
+
+
+def sweep_name(composed: DictConfig) -> str:
+    """The name of a sweep: the choices made in its groups, and the hash of its config and of what it ranges over.
+
+    composed: the config of a multirun, with `hydra` in it.
+    """
+    own = composed.hydra
+    typed = [text for text in own.overrides.task if _key(text) not in NEUTRAL]
+    config = {key: node for key, node in _plain(composed).items() if key not in (*NEUTRAL, "hydra")}
+    config.get("data", {}).pop("root", None)  # where the images lie; what they are, the stages look at
+    settings = {key: _plain(own.sweeper).get(key) for key in ("params", "sampler")}
+    swept = sorted(text for text in typed if swept_keys([text]))
+    text = json.dumps([config, swept, settings], sort_keys=True, default=str)
+    chosen = [str(own.runtime.choices.get(group)) for group in NAMING if group not in swept_keys(typed)]
+    names = [name for name in chosen if name != "None"]
+    return "-".join([*names, hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+def swept_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that overrides give several values or a range."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    return [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
+
+
+def count_members(overrides: Sequence[str]) -> int | None:
+    """The number of jobs of a grid; None where an override is no list of values."""
+    number = 1
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if override.is_sweep_override():
+            if not override.is_discrete_sweep():
+                return None
+            number *= len(list(override.sweep_string_iterator()))
+    return number
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=False)
 
 
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:

@@ -46,7 +46,7 @@ def mnist_root() -> str:
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs the pipeline on digits with the smoke schedule, in a folder of its own, without a store; overrides come last."""
+    """Runs the pipeline on digits with the smoke schedule, in a folder of its own, no store; overrides come last."""
     monkeypatch.chdir(tmp_path)
     counter = iter(range(1000))
 

@@ -1,0 +1,388 @@
+"""A search that goes on where it was: hydra-optuna-sweeper's, with trials that are owned, counted and run again.
+
+Beyond the stock sweeper: `n_trials` is a total; a trial whose process was killed is closed and its point run again, in
+the same folder; no sampler repeats its points; a member that fails does not end the search; every mistake is one line.
+"""
+
+import contextlib
+import hashlib
+import logging
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import filelock
+import optuna
+import psutil
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.types import HydraContext, TaskFunction
+from hydra.utils import instantiate
+from hydra_plugins.hydra_optuna_sweeper._impl import OptunaSweeperImpl, create_params_from_overrides
+from omegaconf import DictConfig, OmegaConf, open_dict
+from optuna.distributions import BaseDistribution, CategoricalDistribution, distribution_to_json
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from sparsity import config as schema
+from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
+
+log = logging.getLogger("sparsity")
+
+SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")  # what a YAML may name as one
+NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
+MISTAKES_IN_A_ROW = 3  # members that fail by the user's mistake before the search ends: all others would
+LOCK_SECONDS = 60.0  # for which SQLite waits for another process
+Space = dict[str, BaseDistribution]
+
+
+class Search(OptunaSweeperImpl):
+    """Asks Optuna for members, has them launched, and tells it what they came to."""
+
+    def __init__(self, *, sampler: DictConfig, **settings: Any):
+        super().__init__(None, **settings)
+        self.sampler_config = sampler
+        self.failures: list[str] = []
+        self.mistakes = 0  # in a row
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Takes what the search works with."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Searches until n_trials members are finished; raises at the end if some failed."""
+        self._check_numbers()
+        space, fixed, deletions = self._space(arguments)
+        self._try(space, fixed, deletions)
+        study = self._open(space, fixed)
+        self._say_where_it_is(study)
+        while batch := self._ask(study, space, fixed, deletions):
+            trials, overrides = batch
+            returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+            for trial, job in zip(trials, returns):
+                self._tell(study, trial, job)
+            self._check_failures(study)
+        self._write(study)
+        if self.failures:
+            raise SparsityError(f"{len(self.failures)} of {_finished(study)} members failed; {self.failures[-1]}")
+
+    # --- the space ---------------------------------------------------------------------------------------------------
+
+    def _check_numbers(self) -> None:
+        for name in ("n_trials", "n_jobs"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"hydra.sweeper.{name} must be a whole number ≥ 1, got {number}")
+
+    def _space(self, arguments: Sequence[str]) -> tuple[Space, dict[str, str], list[str]]:
+        """The ranges, the fixed overrides and the deletions; the command line wins over the YAMLs."""
+        given = [*self._parse_sweeper_params_config(), *arguments]
+        named = {text.lstrip("+").partition("=")[0] for text in given}
+        ranges = schema.search_ranges(self.config)
+        _check_one_range(ranges, given)
+        texts = [f"{key}={text}" for key, text in ranges.items() if key not in named] + given
+        space: Space = {}
+        fixed: dict[str, str] = {}
+        deletions: list[str] = []
+        for text in texts:
+            ranged, single, deleted = _parsed(text)
+            for key in (*ranged, *single):
+                space.pop(key, None), fixed.pop(key, None)  # the last one counts
+            space, fixed, deletions = space | ranged, fixed | single, deletions + deleted
+        if not space:
+            raise ConfigError(
+                f"search={self.config.hydra.runtime.choices.get('search')} has nothing to search: give a range, such "
+                "as 'sensitivity=interval(0.1,1)'"
+            )
+        return dict(sorted(space.items())), fixed, deletions
+
+    def _try(self, space: Space, fixed: Mapping[str, str], deletions: Sequence[str]) -> None:
+        """Refuses a space whose ends make no valid run, before a study is made for it."""
+        for end in (0, -1):
+            point = {key: _ends(distribution)[end] for key, distribution in space.items()} | fixed
+            overrides = [f"{key}={value}" for key, value in point.items()] + [*deletions]
+            try:
+                composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+            except HydraException as error:
+                raise ConfigError(" ".join(str(error).split())) from error
+            choices = composed.hydra.runtime.choices
+            with open_dict(composed):
+                del composed["hydra"]
+            schema.read(composed, trust=schema.admitted([]), choices=choices)
+
+    # --- the study ---------------------------------------------------------------------------------------------------
+
+    def _open(self, space: Space, fixed: Mapping[str, str]) -> optuna.Study:
+        """The study of this search: a new one, or the one that an earlier start made."""
+        name = self.study_name or schema.sweep_name(self.config)
+        directions = self._get_directions()
+        try:
+            study = optuna.create_study(
+                study_name=name, storage=_storage(self.storage), directions=directions, load_if_exists=True
+            )
+        except Exception as error:  # each database refuses in its own way
+            raise ConfigError(
+                f"hydra.sweeper.storage={self.storage} cannot be opened ({reason(error)}): give sqlite:///FILE, "
+                "journal:///FILE, or the URL of a database that runs"
+            ) from error
+        asked = {
+            "objectives": list(self.config.objectives),
+            "space": {key: distribution_to_json(distribution) for key, distribution in space.items()},
+            "config": schema.sweep_name(self.config),
+        }
+        _check_same(study, asked, self.storage)
+        study.set_user_attr("asked", asked)
+        return study
+
+    def _say_where_it_is(self, study: optuna.Study) -> None:
+        before = _finished(study)
+        log.info(f"study {study.study_name} in {self.storage}: {before} of {self.n_trials} members are finished")
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Held while trials are asked for, so that a running trial without an owner can only be an orphan."""
+        file = _file_of(self.storage) or Path(self.config.hydra.sweep.dir) / "search"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(file.with_name(f".{file.name}.lock")):
+            yield
+
+    def _ask(
+        self, study: optuna.Study, space: Space, fixed: dict[str, str], deletions: list[str]
+    ) -> tuple[list[Trial], list[list[str]]] | None:
+        """The next batch: its trials and each one's overrides; None when n_trials are finished or being run."""
+        with self._alone():
+            _close_orphans(study)
+            size = min(self.n_jobs, self.n_trials - _finished(study) - _running(study))
+            if size < 1:
+                return None
+            study.sampler = self._sampler(len(study.get_trials(deepcopy=False)))
+            trials = [study.ask() for _ in range(size)]
+            for trial in trials:
+                trial.set_user_attr("owner", _owner())
+                trial.set_user_attr("folder", trial.user_attrs.get("folder", str(trial.number)))
+        attributes = [dict(trial.user_attrs) for trial in trials]
+        overrides = self._configured(trials, space, fixed, deletions)
+        return trials, [[*each, *self._folder(own["folder"])] for each, own in zip(overrides, attributes)]
+
+    def _configured(
+        self, trials: list[Trial], space: Space, fixed: dict[str, str], deletions: list[str]
+    ) -> list[list[str]]:
+        """Each trial's overrides: the point that the sampler suggests, and what is fixed."""
+        overrides = []
+        for trial in trials:
+            for key, distribution in space.items():
+                trial._suggest(key, distribution)
+            if self.custom_search_space_extender:
+                self.custom_search_space_extender(self.config, trial)
+            point = {**fixed, **trial.params}
+            overrides.append([*(f"{key}={value}" for key, value in point.items()), *deletions])
+        return overrides
+
+    def _folder(self, name: str) -> list[str]:
+        """The override that puts a job into its trial's folder; none where the user names folders."""
+        raw = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]
+        return [f"hydra.sweep.subdir={QuotedString(name, Quote.double).with_quotes()}"] if raw == NUMBERED else []
+
+    def _sampler(self, num_trials: int) -> optuna.samplers.BaseSampler:
+        """The sampler, seeded anew for every batch: one that starts again would draw its first points again."""
+        settings = OmegaConf.to_container(self.sampler_config, resolve=True)
+        counts_itself = settings["_target_"].endswith("QMCSampler")  # and must go on with the same sequence
+        if settings.get("seed") is not None and not counts_itself:
+            text = f"{settings['seed']}/{num_trials}"
+            settings["seed"] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        return instantiate(settings, _execution_whitelist_=SAMPLERS)
+
+    # --- what came out -----------------------------------------------------------------------------------------------
+
+    def _tell(self, study: optuna.Study, trial: Trial, job: JobReturn) -> None:
+        """Tells the study what a member came to; a failure is kept with its cause."""
+        values, cause = self._values(job)
+        if cause is None:
+            self.mistakes = 0
+            study.tell(trial, values)
+            return
+        error = job._return_value if job.status is JobStatus.FAILED else None
+        is_mistake = isinstance(error, SparsityError) and not isinstance(error, DivergedError)
+        self.mistakes = self.mistakes + 1 if is_mistake else 0
+        none_works = not any(other.state is TrialState.COMPLETE for other in study.get_trials(deepcopy=False))
+        if is_mistake and (none_works or self.mistakes == MISTAKES_IN_A_ROW):
+            _close(study, trial._trial_id, retry=True)
+            raise error
+        trial.set_user_attr("error", cause)
+        study.tell(trial, state=TrialState.FAIL)
+        self.failures.append(f"member {trial.user_attrs['folder']}: {cause}")
+        log.error(f"member {trial.user_attrs['folder']} failed: {cause}")
+
+    def _values(self, job: JobReturn) -> tuple[list[float], str | None]:
+        """A member's objectives, or why it has none."""
+        if job.status is JobStatus.FAILED:
+            error = job._return_value
+            own = isinstance(error, SparsityError)
+            return [], reason(error) if own else f"{type(error).__name__}: {reason(error)}"
+        values = [float(value) for value in job.return_value]
+        lacking = [name for name, value in zip(self.config.objectives, values) if value != value]
+        return values, f"{', '.join(lacking)} has no value: nothing is left of the network" if lacking else None
+
+    def _check_failures(self, study: optuna.Study) -> None:
+        rate = len(self.failures) / max(1, _finished(study))
+        if rate > self.max_failure_rate:
+            raise SparsityError(
+                f"{len(self.failures)} members failed, more than hydra.sweeper.max_failure_rate="
+                f"{self.max_failure_rate:g}; {self.failures[-1]}"
+            )
+
+    def _write(self, study: optuna.Study) -> None:
+        """`optimization_results.yaml`, as the stock sweeper leaves it."""
+        front = [] if not _has_complete(study) else study.best_trials
+        found = {"name": "optuna", "solutions": [{"params": trial.params, "values": trial.values} for trial in front]}
+        OmegaConf.save(OmegaConf.create(found), Path(self.config.hydra.sweep.dir) / "optimization_results.yaml")
+
+
+def _parsed(text: str) -> tuple[Space, dict[str, str], list[str]]:
+    """One override as a range, a fixed value or a deletion."""
+    key, _, value = text.partition("=")
+    try:
+        space, fixed, deletions = create_params_from_overrides([text])
+    except HydraException:
+        raise
+    except Exception as error:  # Optuna and Hydra refuse ranges in many ways
+        raise ConfigError(f"{key}={value} is no range to search: {reason(error)}") from error
+    for name, distribution in space.items():
+        first, last = _ends(distribution)
+        if first == last:
+            raise ConfigError(f"{name}={value} holds one value only: give {name}={first}, or a wider range")
+    return space, fixed, deletions
+
+
+def _ends(distribution: BaseDistribution) -> tuple[Any, Any]:
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[0], distribution.choices[-1]
+    return distribution.low, distribution.high
+
+
+def _check_one_range(ranges: Mapping[str, str], given: Sequence[str]) -> None:
+    """Refuses a search over regularizers, or rules, whose numbers have ranges of their own."""
+    named = {text.partition("=")[0] for text in given}
+    swept = {text.partition("=")[0] for text in given if _parsed(text)[0]}
+    for key in ranges:
+        group = "prune" if key == "sensitivity" else key.partition(".")[0]
+        if group in swept and key not in named:
+            raise ConfigError(
+                f"{group} is searched, and each of its choices has a range of its own for {key}: give one for all, "
+                f"such as '{key}={ranges[key]}'"
+            )
+
+
+def _storage(url: str | None) -> Any:
+    """The storage of a URL; of a file, its folder is made."""
+    if not url:
+        return None
+    file = _file_of(url)
+    if file is None:
+        return url
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if url.startswith("journal:"):
+        from optuna.storages.journal import JournalFileBackend
+
+        return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
+    return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": LOCK_SECONDS}})
+
+
+def _file_of(url: str | None) -> Path | None:
+    """The file of a storage that is one."""
+    kind, _, path = (url or "").partition(":///")
+    return Path(path) if kind in ("sqlite", "journal") and path else None
+
+
+def _check_same(study: optuna.Study, asked: Mapping[str, Any], storage: str | None) -> None:
+    """Refuses a study that was made for another search."""
+    made = study.user_attrs.get("asked")
+    if made is None and not study.get_trials(deepcopy=False):
+        return
+    remedy = "give another hydra.sweeper.study_name, or ask for what it was made for"
+    name = f"study {study.study_name} in {storage}"
+    if made is None:
+        raise ConfigError(f"{name} was made by another program: {remedy}")
+    if made["objectives"] != asked["objectives"]:
+        raise ConfigError(f"{name} has objectives={made['objectives']}, asked are {asked['objectives']}: {remedy}")
+    for key in sorted(made["space"].keys() | asked["space"].keys()):
+        there, here = made["space"].get(key), asked["space"].get(key)
+        if there != here:
+            raise ConfigError(f"{name} searches {key} in {_shown(there)}, asked is {_shown(here)}: {remedy}")
+    if made["config"] != asked["config"]:
+        raise ConfigError(f"{name} was made for {made['config']}, this is {asked['config']}: {remedy}")
+
+
+def _shown(distribution: str | None) -> str:
+    if distribution is None:
+        return "no range"
+    found = optuna.distributions.json_to_distribution(distribution)
+    if isinstance(found, CategoricalDistribution):
+        return ",".join(map(str, found.choices))
+    interval = f"interval({found.low:g}, {found.high:g})"
+    return f"tag(log, {interval})" if found.log else interval
+
+
+# --- trials and their owners -----------------------------------------------------------------------------------------
+
+
+def _owner() -> dict[str, Any]:
+    """This process, as others on the machine can tell it from one that has its number later."""
+    process = psutil.Process()
+    return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
+
+
+def _is_gone(owner: Mapping[str, Any] | None) -> bool:
+    """Whether the process that ran a trial has ended; of another machine's, nobody here can say."""
+    if owner is None:
+        return True
+    if owner["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _close_orphans(study: optuna.Study) -> None:
+    """Closes running trials whose owner is gone, and queues their points to be run again in the same folders."""
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        owner = trial.user_attrs.get("owner")
+        if _is_gone(owner):
+            _close(study, trial._trial_id, retry=True)
+            log.info(f"member {trial.user_attrs.get('folder', trial.number)} was cut off: it is run again")
+
+
+def _close(study: optuna.Study, trial_id: int, *, retry: bool) -> None:
+    """Ends a trial that does not count, its point queued first, so that it is not lost between the two."""
+    trial = study._storage.get_trial(trial_id)
+    again = {"retry_of": trial.number, "folder": trial.user_attrs.get("folder", str(trial.number))}
+    queued = any(
+        other.user_attrs.get("retry_of") == trial.number
+        for other in study.get_trials(deepcopy=False)
+        if other.number != trial.number
+    )
+    if retry and trial.params and not queued:
+        study.enqueue_trial(trial.params, user_attrs=again)
+    study._storage.set_trial_user_attr(trial_id, "orphan", True)
+    study.tell(trial.number, state=TrialState.FAIL)
+
+
+def _counts(trial: FrozenTrial) -> bool:
+    """Whether a trial is finished: completed, or failed by itself."""
+    return trial.state is TrialState.COMPLETE or (trial.state is TrialState.FAIL and not trial.user_attrs.get("orphan"))
+
+
+def _finished(study: optuna.Study) -> int:
+    return sum(_counts(trial) for trial in study.get_trials(deepcopy=False))
+
+
+def _running(study: optuna.Study) -> int:
+    """The number of trials that other processes run."""
+    return len(study.get_trials(deepcopy=False, states=[TrialState.RUNNING]))
+
+
+def _has_complete(study: optuna.Study) -> bool:
+    return bool(study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]))
