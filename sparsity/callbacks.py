@@ -3,7 +3,10 @@
 import datetime
 import json
 import logging
+import os
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +15,26 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sparsity import config as schema
+from sparsity.errors import SparsityError, reason
 
 log = logging.getLogger("sparsity")
 
 FORMAT = 1  # of sweep.json
 NAME = "{name}"  # in hydra.sweep.dir
 USER_MISTAKE = 2
+IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
 SECONDS_BETWEEN_LOOKS = 2.0  # at the folder, where the members run in other processes
 
 
 class Sweep(Callback):
     """Knows the folder of the sweep that runs, and what it has said of it."""
 
-    def __init__(self) -> None:
-        self.folder: Path | None = None
+    def __init__(self, published: bool = False):
+        self.published = published  # draws published results of the same network behind the members
+        self.progress: Progress | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"published": self.published, "progress": None}  # in a process of a launcher's, nothing is said
 
     def on_run_start(self, config: DictConfig, **rest: Any) -> None:
         """Refuses a folder that cannot be made, before Hydra makes it."""
@@ -34,8 +43,96 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **rest: Any) -> None:
         """Names the sweep's folder and writes down what is swept."""
         _name_folder(config)
-        self.folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
-        _write_sweep(self.folder, config)
+        folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
+        total = _write_sweep(folder, config)
+        self.progress = Progress(folder, total)
+        if config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
+            self.progress.watch()
+
+    def on_job_end(self, config: DictConfig, **rest: Any) -> None:
+        """Says how far the sweep is."""
+        if self.progress is not None:
+            self.progress.say()
+
+    def on_multirun_end(self, config: DictConfig, **rest: Any) -> None:
+        """Sums the sweep up, whether it is whole or was interrupted."""
+        if self.progress is None:
+            return
+        self.progress.stop()
+        from sparsity.results import sweeps, table
+
+        try:
+            table.show(sweeps.summarise([self.progress.folder], published=self.published))
+        except (SparsityError, OSError) as error:
+            log.error(f"the summary of {self.progress.folder} could not be written: {reason(error)}")
+
+
+class Progress:
+    """Says how far a sweep is, whenever another member has ended."""
+
+    def __init__(self, folder: Path, total: int | None):
+        self.folder, self.total = folder, total
+        self.start = time.monotonic()
+        self.ended = self.ended_before = sum(1 for _ in _ended(folder))
+        self.stopped = threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def watch(self) -> None:
+        """Looks at the folder from time to time, where the members run in other processes."""
+        self.thread = threading.Thread(target=self._look, daemon=True)
+        self.thread.start()
+
+    def _look(self) -> None:
+        while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
+            self.say()
+
+    def stop(self) -> None:
+        """Says no more."""
+        self.stopped.set()
+        if self.thread is not None:
+            self.thread.join()
+
+    def say(self) -> None:
+        """One line, if a member has ended since the last one."""
+        ended = sum(1 for _ in _ended(self.folder))
+        if ended == self.ended:
+            return
+        self.ended = ended
+        log.info(" | ".join([self._count(), *self._front(), *self._left()]))
+
+    def _count(self) -> str:
+        return f"sweep: {self.ended} of {self.total or '?'} members"
+
+    def _front(self) -> list[str]:
+        """The front so far: how many points, and its most accurate and its smallest network."""
+        from sparsity.results import sweeps, table
+        from sparsity.results.points import VALIDATION
+
+        summary = sweeps.read([self.folder])
+        known = [point for point in summary.front if point.estimate(VALIDATION).mean is not None]
+        if not known:
+            return []
+        best = max(known, key=lambda point: point.mean(VALIDATION))
+        small = max(known, key=lambda point: point.mean("compression.weights"))
+        ends = [f"{table.accuracy(each, VALIDATION)} at {table.times(each)}" for each in (best, small)]
+        return [f"front of {len(summary.front)}, validation {' to '.join(dict.fromkeys(ends))}"]
+
+    def _left(self) -> list[str]:
+        done = self.ended - self.ended_before
+        if not self.total or not done or self.ended >= self.total:
+            return []
+        seconds = (time.monotonic() - self.start) / done * (self.total - self.ended)
+        return [f"{datetime.timedelta(seconds=round(seconds))} left"]
+
+
+def _ended(folder: Path) -> Any:
+    """The files that say that a member has ended, well or badly."""
+    for path, subfolders, files in os.walk(folder):
+        found = {"result.json", "failure.json"} & set(files)
+        if found:
+            yield path
+            subfolders.clear()
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
 
 
 def _make(key: str, folder: str) -> Path:
@@ -43,7 +140,7 @@ def _make(key: str, folder: str) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        log.error(f"{key}={folder} cannot be made: {error.strerror or error}")
+        print(f"{key}={folder} cannot be made: {error.strerror or error}", file=sys.stderr)
         raise SystemExit(USER_MISTAKE) from error
     return path
 
@@ -59,21 +156,26 @@ def _name_folder(config: DictConfig) -> None:
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={QuotedString(folder, Quote.double).with_quotes()}")
 
 
-def _write_sweep(folder: Path, config: DictConfig) -> None:
+def _write_sweep(folder: Path, config: DictConfig) -> int | None:
+    """`sweep.json`: what is swept, and how; returns the number of members, where it is known."""
     own = config.hydra
     params = [f"{key}={text}" for key, text in (OmegaConf.to_container(own.sweeper).get("params") or {}).items()]
     typed = [*params, *own.overrides.task]
     is_search = own.runtime.choices["hydra/sweeper"] != "basic"
     ranges = schema.search_ranges(config) if own.runtime.choices["hydra/sweeper"] == "search" else {}
+    fixed = {text.partition("=")[0] for text in typed} - set(schema.swept_keys(typed))
     described = {
         "format": FORMAT,
         "kind": "search" if is_search else "grid",
         "name": schema.sweep_name(config),
         "overrides": list(own.overrides.task),
-        "swept": list(dict.fromkeys([*ranges, *schema.swept_keys(typed)])),
+        "swept": [key for key in dict.fromkeys([*ranges, *schema.swept_keys(typed)]) if key not in fixed],
         "objectives": list(config.objectives),
         "total": own.sweeper.n_trials if is_search else schema.count_members(typed),
         "command": sys.argv,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    (folder / "sweep.json").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    temporary = folder / f".sweep.json.{os.getpid()}"
+    temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / "sweep.json")
+    return described["total"]

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import logging
 import socket
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Search(OptunaSweeperImpl):
         self._say_where_it_is(study)
         while batch := self._ask(study, space, fixed, deletions):
             trials, overrides = batch
-            returns = self.launcher.launch(overrides, initial_job_idx=trials[0].number)
+            returns = self.launcher.launch(overrides, initial_job_idx=int(trials[0].user_attrs["folder"]))
             for trial, job in zip(trials, returns):
                 self._tell(study, trial, job)
             self._check_failures(study)
@@ -161,7 +162,7 @@ class Search(OptunaSweeperImpl):
             trials = [study.ask() for _ in range(size)]
             for trial in trials:
                 trial.set_user_attr("owner", _owner())
-                trial.set_user_attr("folder", trial.user_attrs.get("folder", str(trial.number)))
+                trial.set_user_attr("folder", trial.user_attrs.get("folder", _next_folder(study, trial)))
         attributes = [dict(trial.user_attrs) for trial in trials]
         overrides = self._configured(trials, space, fixed, deletions)
         return trials, [[*each, *self._folder(own["folder"])] for each, own in zip(overrides, attributes)]
@@ -192,7 +193,9 @@ class Search(OptunaSweeperImpl):
         if settings.get("seed") is not None and not counts_itself:
             text = f"{settings['seed']}/{num_trials}"
             settings["seed"] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
-        return instantiate(settings, _execution_whitelist_=SAMPLERS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return instantiate(settings, _execution_whitelist_=SAMPLERS)
 
     # --- what came out -----------------------------------------------------------------------------------------------
 
@@ -344,6 +347,12 @@ def _is_gone(owner: Mapping[str, Any] | None) -> bool:
         return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
     except psutil.NoSuchProcess:
         return True
+
+
+def _next_folder(study: optuna.Study, trial: Trial) -> str:
+    """The name of a new member's folder: how many members there are before it."""
+    others = study.get_trials(deepcopy=False)
+    return str(sum(other.number < trial.number and "retry_of" not in other.user_attrs for other in others))
 
 
 def _close_orphans(study: optuna.Study) -> None:

@@ -1,0 +1,396 @@
+"""The search: what it asks for, how it goes on where it was, and what it refuses; no member is trained here."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+from conftest import ROOT, choices
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+from sparsity import config
+from sparsity.errors import ConfigError, DivergedError, SparsityError
+from sparsity.sweeper import search
+from sparsity.sweeper.search import Search
+
+JOURNAL = "storage=journal:///studies.log"  # quicker than a database
+BASE = ("data=digits", "model=mlp", "model.factory.hidden=[8]", "schedule=smoke")
+
+
+@dataclasses.dataclass
+class Context:
+    """What a sweeper needs of Hydra."""
+
+    config_loader: object
+
+
+class Launcher:
+    """Answers for members at once, and remembers what it was asked."""
+
+    def __init__(self, answer):
+        self.answer, self.asked, self.batches = answer, [], []
+
+    def launch(self, overrides, initial_job_idx):
+        self.batches.append(len(overrides))
+        returns = []
+        for each in overrides:
+            settings = dict(entry.split("=", 1) for entry in each)
+            self.asked.append(settings)
+            job = JobReturn()
+            try:
+                job.return_value, job.status = self.answer(settings), JobStatus.COMPLETED
+            except Exception as error:
+                job.return_value, job.status = error, JobStatus.FAILED
+            returns.append(job)
+        return returns
+
+
+def trade(settings):
+    """A front of accuracy against compression."""
+    cut = float(settings["sensitivity"])
+    return (1 - cut * cut / 2, 1 + 10 * cut)
+
+
+@pytest.fixture
+def searching(tmp_path, monkeypatch):
+    """Runs a search with the overrides given and gives its launcher and its study."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweep").mkdir()
+
+    def searching(*overrides, answer=trade, n_trials=6):
+        config.register()
+        typed = ["search=pareto", *BASE, *overrides]
+        own = [f"hydra.sweeper.n_trials={n_trials}", f"hydra.sweep.dir={tmp_path}/sweep", f"hydra.sweeper.{JOURNAL}"]
+        fixed = [entry for entry in typed if entry.startswith("hydra.") or not config.swept_keys([entry])]
+        with initialize_config_dir(config_dir=str(ROOT / "conf")):
+            composed = compose("config", overrides=[*own, *fixed], return_hydra_config=True)
+            OmegaConf.set_readonly(composed.hydra, False)
+            composed.hydra.overrides.task = [entry for entry in typed if not entry.startswith("hydra.")]
+            settings = {key: composed.hydra.sweeper[key] for key in composed.hydra.sweeper if key != "_target_"}
+            runner = Search(**settings)
+            runner.config, runner.launcher = composed, Launcher(answer)
+            runner.hydra_context = Context(GlobalHydra.instance().config_loader())
+            runner.sweep(list(composed.hydra.overrides.task))
+        study = optuna.load_study(study_name=None, storage=search._storage(runner.storage))
+        return runner.launcher, study
+
+    return searching
+
+
+def points(asked):
+    return [(settings["reg.decay"], settings["sensitivity"]) for settings in asked]
+
+
+def folders(asked):
+    return [settings["hydra.sweep.subdir"].strip('"') for settings in asked]
+
+
+def test_a_search_runs_n_trials_in_all(searching):
+    first, study = searching(n_trials=4)
+    assert folders(first.asked) == ["0", "1", "2", "3"]
+    again, _ = searching(n_trials=4)
+    assert again.asked == []
+    more, study = searching(n_trials=7)
+    assert len(more.asked) == 3 and len(study.trials) == 7
+    assert len(set(points(first.asked + more.asked))) == 7
+    assert folders(more.asked) == ["4", "5", "6"]
+    values = [trial.values for trial in study.trials]
+    assert values == [list(trade(settings)) for settings in first.asked + more.asked]
+
+
+def test_members_are_handed_over_n_jobs_at_a_time(searching):
+    launcher, _ = searching("hydra.sweeper.n_jobs=4", n_trials=6)
+    assert launcher.batches == [4, 2] and len(set(points(launcher.asked))) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choices("search"))
+def test_every_sampler_searches_and_repeats_no_point(name, searching):
+    first, _ = searching(f"search={name}", n_trials=3)
+    more, study = searching(f"search={name}", n_trials=6)
+    assert len(set(points(first.asked + more.asked))) == 6
+    for settings in first.asked + more.asked:
+        assert 1e-5 <= float(settings["reg.decay"]) <= 1e-3 and 0.01 <= float(settings["sensitivity"]) <= 1
+    assert [str(direction) for direction in study.directions] == ["2", "2"]
+
+
+def test_the_same_seed_asks_for_the_same_points(searching, tmp_path):
+    first, _ = searching(n_trials=3)
+    os.remove(tmp_path / "studies.log")
+    again, _ = searching(n_trials=3)
+    os.remove(tmp_path / "studies.log")
+    other, _ = searching("hydra.sweeper.sampler.seed=1", n_trials=3)
+    assert points(first.asked) == points(again.asked) and points(first.asked) != points(other.asked)
+
+
+def test_ranges_stand_beside_their_numbers_and_the_command_line_wins(searching):
+    _, study = searching("reg=group_hs", "sensitivity=interval(0.3,0.4)")
+    own = config.compose(["reg=group_hs"])[0].reg.search.decay
+    assert own == "tag(log, interval(1e-4, 1e-1))"
+    space = study.trials[0].distributions
+    assert (space["reg.decay"].low, space["reg.decay"].high, space["reg.decay"].log) == (1e-4, 1e-1, True)
+    assert (space["sensitivity"].low, space["sensitivity"].high, space["sensitivity"].log) == (0.3, 0.4, False)
+    fixed, study = searching("reg.decay=0.5", "hydra.sweeper.storage=journal:///other.log")
+    assert {settings["reg.decay"] for settings in fixed.asked} == {"0.5"}
+    assert "reg.decay" not in study.trials[0].params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choices("reg"))
+def test_every_regularizer_can_be_searched(name, searching):
+    launcher, _ = searching(f"reg={name}", n_trials=1)
+    assert ("reg.decay" in launcher.asked[0]) == (name != "none") and "sensitivity" in launcher.asked[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choices("prune"))
+def test_every_rule_can_be_searched(name, searching):
+    _, study = searching(f"prune={name}", n_trials=1)
+    interval = config.sensitivity_range(config.read(config.compose([f"prune={name}"])[0]).prune.rule)
+    space = study.trials[0].distributions["sensitivity"]
+    assert space.low in interval and space.high in interval
+
+
+def test_objectives_and_their_directions(searching):
+    _, study = searching("objectives=[accuracy,macs]", n_trials=1)
+    assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    _, study = searching(
+        "objectives=[nonzero]", "hydra.sweeper.storage=sqlite:///deep/one.db", answer=lambda _: (5.0,), n_trials=1
+    )
+    assert [direction.name for direction in study.directions] == ["MINIMIZE"] and study.best_value == 5
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Ends a search as a signal does."""
+
+
+def dying(after):
+    """An objective whose process dies in a member."""
+    count = iter(range(100))
+
+    def answer(settings):
+        if next(count) == after:
+            raise Killed
+        return trade(settings)
+
+    return answer
+
+
+def test_a_trial_whose_owner_is_gone_is_run_again_in_its_folder(searching, monkeypatch):
+    monkeypatch.setattr(search, "_owner", lambda: {"host": search.socket.gethostname(), "pid": 2**22, "started": 0.0})
+    for after in (2, 1):
+        with pytest.raises(Killed):
+            searching(answer=dying(after))
+    _, study = searching()
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    closed = [trial for trial in study.trials if trial.state.name != "COMPLETE"]
+    assert len(done) == 6 and all(trial.user_attrs["orphan"] for trial in closed) and len(closed) == 2
+    assert sorted(trial.user_attrs["folder"] for trial in done) == list("012345")
+    for trial in closed:
+        again = [other for other in done if other.params == trial.params]
+        assert [other.user_attrs["folder"] for other in again] == [trial.user_attrs["folder"]]
+    assert len({tuple(trial.params.values()) for trial in done}) == 6
+
+
+def test_a_trial_that_another_process_runs_is_left_alone(searching):
+    with pytest.raises(Killed):
+        searching(answer=dying(2))  # this process is its owner, and lives
+    launcher, study = searching()
+    assert len(launcher.asked) == 3
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE", "RUNNING"] + ["COMPLETE"] * 3
+
+
+def test_owners_are_told_from_processes_of_the_same_number():
+    own = search._owner()
+    assert not search._is_gone(own) and search._is_gone({**own, "started": own["started"] - 100})
+    assert search._is_gone(None) and not search._is_gone({**own, "host": "elsewhere", "pid": 2**22})
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def failing(error, when):
+    count = iter(range(100))
+
+    def answer(settings):
+        if next(count) in when:
+            raise error
+        return trade(settings)
+
+    return answer
+
+
+@pytest.mark.parametrize("error", [DivergedError("nan in epoch 2"), RuntimeError("out of memory"), MemoryError("all")])
+def test_a_member_that_fails_takes_no_other_down(error, searching, caplog):
+    with pytest.raises(SparsityError, match=f"1 of 6 members failed; member 1: .*{error}"):
+        searching(answer=failing(error, {1}))
+    assert f"member 1 failed: {'' if isinstance(error, SparsityError) else type(error).__name__ + ': '}{error}" in (
+        caplog.text
+    )
+    launcher, study = searching()
+    assert launcher.asked == []
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "FAIL", *["COMPLETE"] * 4]
+
+
+def test_a_network_without_weights_is_a_failure(searching):
+    answers = iter([trade({"sensitivity": 0.5}), (0.1, float("nan")), *[trade({"sensitivity": 0.5})] * 4])
+    with pytest.raises(SparsityError, match="compression has no value: nothing is left"):
+        searching(answer=lambda _: next(answers))
+
+
+def test_a_mistake_that_no_member_survives_ends_the_search(searching):
+    with pytest.raises(ConfigError, match="no data"):
+        searching(answer=failing(ConfigError("no data"), {0}))
+    launcher, study = searching()
+    assert len(launcher.asked) == 6 and len({tuple(t.params.values()) for t in study.trials if t.values}) == 6
+
+
+def test_mistakes_in_a_row_end_the_search_and_one_does_not(searching):
+    with pytest.raises(SparsityError, match="1 of 6 members failed"):
+        searching(answer=failing(ConfigError("this point"), {2}))
+    with pytest.raises(ConfigError, match="disk"):
+        searching(answer=failing(ConfigError("disk"), {1, 2, 3}), n_trials=20)
+
+
+def test_the_failure_rate_can_end_it(searching):
+    with pytest.raises(SparsityError, match=r"more than hydra.sweeper.max_failure_rate=0.3"):
+        searching("hydra.sweeper.max_failure_rate=0.3", answer=failing(RuntimeError("no"), {1}))
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials must be a whole number ≥ 1, got 0"),
+        ("hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs must be a whole number ≥ 1, got 0"),
+        ("reg.decay=interval(1e-3,1e-5)", r"reg.decay=interval\(1e-3,1e-5\) is no range to search"),
+        ("reg.decay=tag(log,interval(0,1))", "reg.decay=.* is no range to search.*log"),
+        ("sensitivity=interval(0.5,0.5)", "holds one value only: give sensitivity=0.5"),
+        ("sensitivity=range(1,1)", "sensitivity=.* is no range to search"),
+        ("sensitivity=interval(-1,1)", "sensitivity must be a number ≥ 0, got -1"),
+        (
+            "objectives=[accuracy,speed]",
+            "objectives.* must be one of accuracy, compression, macs, nonzero; got 'speed'",
+        ),
+        ("reg.deacy=interval(1,2)", "Could not override 'reg.deacy'"),
+        ("reg=hs,l1", "reg is searched, and each of its choices has a range of its own for reg.decay"),
+        ("hydra.sweeper.storage=sqlite:////dev/null/x.db", "hydra.sweeper.storage=.* cannot be opened"),
+        ("hydra.sweeper.storage=nonsense", "hydra.sweeper.storage=nonsense cannot be opened"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_runs(override, words, searching, tmp_path):
+    with pytest.raises(ConfigError, match=words) as error:
+        searching(override, n_trials=2)
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("**/*.db"))
+
+
+def test_regularizers_can_be_searched_with_one_range_for_all(searching):
+    launcher, _ = searching("reg=hs,l1", "reg.decay=tag(log,interval(1e-5,1e-4))")
+    assert {settings["reg"] for settings in launcher.asked} == {"hs", "l1"}
+
+
+def test_nothing_to_search(searching):
+    with pytest.raises(ConfigError, match="has nothing to search"):
+        searching("reg.decay=0.1", "sensitivity=0.1")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "sensitivity=interval(0.1,0.2)",
+            r"searches sensitivity in tag\(log, interval\(0.01, 1\)\), asked is interval",
+        ),
+        ("reg.decay=0.1", "searches reg.decay in .*, asked is no range"),
+        ("objectives=[accuracy,macs]", "has objectives="),
+        ("seed=1", "was made for"),
+    ],
+)
+def test_a_named_study_is_of_one_search(override, words, searching):
+    named = "hydra.sweeper.study_name=mine"
+    searching(named, n_trials=1)
+    with pytest.raises(ConfigError, match=words):
+        searching(named, override, n_trials=2)
+    launcher, _ = searching(named, "plots=false", "threads=1", n_trials=2)
+    assert len(launcher.asked) == 1
+
+
+@pytest.mark.slow
+def test_files_keep_studies(searching, tmp_path):
+    for storage in ("journal:///deep/studies.log", f"sqlite:///{tmp_path}/deep/studies.db"):
+        searching(f"hydra.sweeper.storage={storage}", n_trials=2)
+        launcher, study = searching(f"hydra.sweeper.storage={storage}", n_trials=3)
+        assert len(launcher.asked) == 1 and len(study.trials) == 3
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def name_of(*overrides):
+    config.register()
+    with initialize_config_dir(config_dir=str(ROOT / "conf")):
+        single = [entry for entry in overrides if not config.swept_keys([entry])]
+        composed = compose("config", overrides=single, return_hydra_config=True)
+        OmegaConf.set_readonly(composed.hydra, False)
+        composed.hydra.overrides.task = [entry for entry in overrides if not entry.startswith("hydra.")]
+        return config.sweep_name(composed)
+
+
+def test_a_sweep_is_named_by_what_it_is():
+    name = name_of("sensitivity=0.1,0.2")
+    assert name.startswith("lenet300-mnist-hs-std-") and len(name.rpartition("-")[2]) == 8
+    same = ["plots=false", "threads=1", "store=null", "data.root=elsewhere"]
+    assert {name_of("sensitivity=0.1,0.2", more) for more in same} == {name}
+    other = ["sensitivity=0.1,0.3", "seed=1", "reg=l1", "schedule.batch_size=10", "objectives=[accuracy,macs]"]
+    assert len({name_of("sensitivity=0.1,0.2", more) for more in other} | {name}) == len(other) + 1
+    assert name_of("reg=hs,l1").startswith("lenet300-mnist-std-")
+    searched = name_of("search=pareto")
+    assert searched.startswith("pareto-lenet300-") and name_of("search=pareto", "hydra.sweeper.n_trials=9") == searched
+    assert name_of("search=random") != searched
+
+
+def test_members_of_a_grid_are_counted():
+    assert config.count_members(["reg.decay=1,2,3", "sensitivity=range(0,4)", "seed=1"]) == 12
+    assert config.count_members(["reg.decay=interval(0,1)"]) is None
+    assert config.swept_keys(["reg.decay=1,2", "seed=1", "+a=choice(1,2)", "model.factory.hidden=[1,2]"]) == [
+        "reg.decay",
+        "a",
+    ]
+
+
+# --- the whole, as typed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_search_that_is_killed_goes_on(tmp_path):
+    arguments = [*BASE, "-m", "search=pareto", "threads=1", "plots=false", "hydra.sweeper.n_trials=8"]
+    arguments += [f"store={tmp_path}/store", f"hydra.sweep.dir={tmp_path}/sweep"]
+    arguments += [f"hydra.sweeper.storage=sqlite:///{tmp_path}/studies.db"]
+    command = [sys.executable, "main.py", *arguments]
+    for wanted in (2, 5):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("sweep/*/result.json"))) < wanted and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.parent.name for path in tmp_path.glob("sweep/*/result.json")) == list("01234567")
+    (study,) = optuna.get_all_study_summaries(f"sqlite:///{tmp_path}/studies.db")
+    trials = optuna.load_study(study_name=study.study_name, storage=f"sqlite:///{tmp_path}/studies.db").trials
+    finished = [tuple(trial.params.values()) for trial in trials if trial.state.name == "COMPLETE"]
+    assert len(finished) == len(set(finished)) == 8
+    assert "8 members: 8 done" in done.stdout and (tmp_path / "sweep" / "pareto.png").exists()
