@@ -8,16 +8,18 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sparsity.accounting import Report, Row
 from sparsity.errors import reason
-from sparsity.training import Epoch
+
+if TYPE_CHECKING:  # what reads finished sweeps imports this room, and needs no torch
+    import torch
+
+    from sparsity.accounting import Report, Row
+    from sparsity.training import Epoch
 
 FORMAT = 1
 FAILURE = "failure.json"
@@ -25,12 +27,12 @@ PACKAGES = ("torch", "torchvision", "hydra-core", "optuna", "numpy")
 LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "threshold", "live_inputs")
 LAYER_FIELDS += ("live_outputs", "macs")
 
-Histories = dict[str, list[Epoch]]  # by stage
+Histories = dict[str, "list[Epoch]"]  # by stage
 
 
 def accuracies(
     measured: Mapping[str, dict[str, float | None]],
-    finetuned: list[Epoch] | None,
+    finetuned: "list[Epoch] | None",
     selected_epoch: int | None,
     member: int,
 ) -> dict[str, Any]:
@@ -49,16 +51,16 @@ def accuracies(
     return found
 
 
-def _accuracy(row: Epoch, member: int) -> dict[str, float | None]:
+def _accuracy(row: "Epoch", member: int) -> dict[str, float | None]:
     return {"validation": row.validation and row.validation[member], "test": row.test and row.test[member]}
 
 
-def describe_layers(rows: Iterable[Row]) -> list[dict[str, Any]]:
+def describe_layers(rows: "Iterable[Row]") -> list[dict[str, Any]]:
     """The rows of a report under the keys of `result.json`."""
     return [{name: getattr(row, name) for name in LAYER_FIELDS} for row in rows]
 
 
-def describe_report(report: Report) -> dict[str, Any]:
+def describe_report(report: "Report") -> dict[str, Any]:
     """A report under the keys of `result.json`."""
     return {
         "nonzero": report.nonzero,
@@ -71,8 +73,10 @@ def describe_report(report: Report) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device, precision: str) -> dict[str, Any]:
+def environment(device: "torch.device", precision: str) -> dict[str, Any]:
     """What a number may depend on besides the config."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
@@ -123,21 +127,28 @@ def _git(*arguments: str) -> str | None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def write_text(path: Path, text: str) -> None:
-    """A text file, written whole or not at all."""
+@contextlib.contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write to that takes the place of `path` at the end: written whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file, written whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """`result.json` and `layers.csv`."""
     write_text(folder / "result.json", json.dumps(_finite(result), indent=1, allow_nan=False, default=str) + "\n")
     rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
-    write_text(folder / "layers.csv", _csv(LAYER_FIELDS, rows))
+    write_text(folder / "layers.csv", csv_text(LAYER_FIELDS, rows))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -173,6 +184,7 @@ def _finite(value: Any) -> Any:
 
 def write_history(folder: Path, histories: Histories, member: int) -> None:
     """`history.csv`: one row an epoch of every training stage."""
+    from sparsity.training import Epoch
 
     def entry(row: Epoch, name: str) -> Any:
         value = getattr(row, name)
@@ -183,10 +195,11 @@ def write_history(folder: Path, histories: Histories, member: int) -> None:
         for stage, history in histories.items()
         for row in history
     ]
-    write_text(folder / "history.csv", _csv(("stage", *Epoch._fields), rows))
+    write_text(folder / "history.csv", csv_text(("stage", *Epoch._fields), rows))
 
 
-def _csv(header: Iterable[str], rows: list[dict[str, Any]]) -> str:
+def csv_text(header: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as CSV under a header; a key that a row lacks is left empty."""
     from io import StringIO
 
     text = StringIO()

@@ -1,0 +1,150 @@
+"""The summary, the front and the pictures of finished sweeps: `python -m sparsity.results --help`."""
+
+import argparse
+import logging
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsity.errors import ConfigError, SparsityError
+from sparsity.front import OBJECTIVES
+from sparsity.results import table, whole
+from sparsity.results.members import RESULT, Member
+from sparsity.results.points import Point, smallest
+from sparsity.results.sweeps import Summary, summarise
+
+USER_MISTAKE = 2
+REFERENCE_ACCURACY = 0.9
+COMPARED = Path("outputs/compared")
+NETWORK = "model.safetensors"
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes."""
+    found = argparse.ArgumentParser(
+        prog="python -m sparsity.results",
+        description="Summarises sweeps that were run, also interrupted ones and folders of single runs: writes "
+        "summary.csv, front.json, pareto.png and pareto.html, and shows the front.",
+        epilog="The front and a choice go by validation accuracy; test accuracy is reported beside it.",
+    )
+    found.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, or any folder of runs")
+    found.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help=f"where the files go (default: into the sweep; of several sweeps into {COMPARED})",
+    )
+    found.add_argument("--objectives", metavar="A,B", help=f"of {', '.join(OBJECTIVES)} (default: the sweep's own)")
+    found.add_argument(
+        "--color-by",
+        metavar="KEY",
+        help="the key that colours the points, such as reg.decay (default: the first that was swept)",
+    )
+    found.add_argument("--published", action="store_true", help="draw published results of the same network behind")
+    found.add_argument(
+        "--reference-accuracy",
+        type=float,
+        default=REFERENCE_ACCURACY,
+        metavar="SHARE",
+        help="where the hypervolume begins; its other corner is the dense network (default: %(default)s)",
+    )
+    found.add_argument(
+        "--at-least-accuracy",
+        type=float,
+        metavar="SHARE",
+        help="name the smallest network that keeps "
+        "this validation accuracy (of several seeds, their mean), such as 0.984",
+    )
+    found.add_argument(
+        "--export",
+        type=Path,
+        metavar="PATH",
+        help=f"copy that network out: into the new folder PATH as "
+        f"{NETWORK} and {RESULT}, or as the new file PATH where it ends in .safetensors",
+    )
+    return found
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Does what the command line asks for."""
+    _check(arguments)
+    out = arguments.out or (COMPARED if len(set(arguments.folders)) > 1 else None)
+    names = arguments.objectives and arguments.objectives.split(",")
+    summary = summarise(
+        arguments.folders, out=out, objectives=names, color_by=arguments.color_by, published=arguments.published
+    )
+    if not summary.members:
+        raise ConfigError(f"{', '.join(map(str, arguments.folders))} holds no runs: no {RESULT} is below it")
+    table.show(summary)
+    if summary.points:
+        table.show_volumes(summary, arguments.reference_accuracy)
+    if arguments.at_least_accuracy is not None:
+        _choose(summary, arguments)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """What can be found wrong before anything is read."""
+    if arguments.export and arguments.at_least_accuracy is None:
+        raise ConfigError("--export needs a choice: add --at-least-accuracy, such as --at-least-accuracy 0.984")
+    for name in ("at_least_accuracy", "reference_accuracy"):
+        share = getattr(arguments, name)
+        if share is not None and not 0 <= share <= 1:
+            raise ConfigError(f"--{name.replace('_', '-')} must be a share in [0, 1], got {share:g}: 98.4 % is 0.984")
+
+
+def _choose(summary: Summary, arguments: argparse.Namespace) -> None:
+    point = smallest(summary.points, arguments.at_least_accuracy, summary.objectives)
+    table.show_choice(point)
+    if arguments.export:
+        export(point, arguments.export, [sweep.folder for sweep in summary.sweeps])
+        print(f"exported to {arguments.export}", flush=True)
+
+
+def export(point: Point, path: Path, sweeps: Sequence[Path] = ()) -> None:
+    """Copies the network of a point, of several seeds the best on validation, and its result to a new place."""
+    copies = _copies(point.best, path)
+    for source, target in copies.items():
+        if not source.is_file():
+            raise ConfigError(f"{source} is missing: there is no network to export")
+        if target.exists():
+            raise ConfigError(f"--export {path}: {target} exists already: name another place or remove it")
+    for sweep in sweeps:
+        if sweep.resolve() in path.resolve().parents:
+            raise ConfigError(f"--export {path} is inside {sweep}, where it would count as a run: name a place outside")
+    try:
+        _copy(copies)
+    except OSError as error:
+        raise ConfigError(f"--export {path} cannot be written: {error.strerror or error}") from error
+
+
+def _copies(member: Member, path: Path) -> dict[Path, Path]:
+    """Which file goes where."""
+    network, result = member.folder / NETWORK, member.folder / RESULT
+    if path.suffix == Path(NETWORK).suffix:
+        return {network: path, result: path.with_suffix(".json")}
+    if path.exists():
+        raise ConfigError(f"--export {path} exists already: name another place or remove it")
+    return {network: path / NETWORK, result: path / RESULT}
+
+
+def _copy(copies: dict[Path, Path]) -> None:
+    for source, target in copies.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole(target) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 2 for a user's mistake, which is told in one line."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        run(parser().parse_args(arguments))
+    except SparsityError as error:
+        print(error, file=sys.stderr)
+        return USER_MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The front as a page, `pareto.html`: pointing at a point shows it, a click its command; it needs no network."""
+
+import html
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsity.results import write_text
+from sparsity.results.pareto import (
+    LABELS,
+    LOG_SPAN,
+    MARKERS,
+    MAX_TICKS,
+    NUM_SHADES,
+    PUBLISHED_KINDS,
+    Colours,
+    View,
+    category,
+    label,
+    notes,
+    shades,
+)
+from sparsity.results.points import describe
+
+if TYPE_CHECKING:
+    from sparsity.results.sweeps import Summary
+
+TEMPLATE = Path(__file__).with_name("pareto.html")
+SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x")  # MARKERS, as plotly calls them
+PUBLISHED_SYMBOLS = {"element": "x-thin-open", "structured": "square-open"}
+DECADES = 12  # of tick marks
+
+
+def write(path: Path, view: View, summary: "Summary") -> None:
+    """The page as a file."""
+    write_text(path, page_of(view, summary))
+
+
+def page_of(view: View, summary: "Summary") -> str:
+    """The picture as a page that needs no network: pointing shows a point, a click its command."""
+    from plotly.offline import get_plotlyjs
+
+    details = [describe(spot.point, summary.objectives, summary.out) for spot in view.spots]
+    content = {"traces": _traces(view, details), "layout": _layout(view), "points": details, "notes": notes(view)}
+    text = json.dumps(content).replace("</", "<\\/")  # such that no value ends the script
+    return TEMPLATE.read_text(encoding="utf-8").replace("/*CONTENT*/", text).replace("/*PLOTLY*/", get_plotlyjs())
+
+
+def _traces(view: View, details: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    places = list(range(len(view.spots)))
+    groups = {None: places}
+    if view.colours.key is not None and not view.colours.numeric:
+        groups = {value: [i for i in places if view.colours.values[i] == value] for value in view.colours.categories}
+    lines = [
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "front, selected on validation",
+            "hoverinfo": "skip",
+            "x": [spot.x for spot in view.front],
+            "y": [spot.y for spot in view.front],
+            "line": {"color": "#000", "width": 1.5},
+        }
+    ]
+    points = [_trace(view, details, value, members, place) for place, (value, members) in enumerate(groups.items())]
+    return [*_published_traces(view), *lines, *points]
+
+
+def _published_traces(view: View) -> list[dict[str, Any]]:
+    traces = []
+    for kind, symbol in PUBLISHED_SYMBOLS.items():
+        found = [entry for entry in view.published if entry.kind == kind]
+        if found:
+            marker = {"symbol": symbol, "color": "#777", "size": 8, "line": {"width": 1.5, "color": "#777"}}
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": f"published, {PUBLISHED_KINDS[kind]}",
+                    "marker": marker,
+                    "x": [entry.x for entry in found],
+                    "y": [entry.y for entry in found],
+                    "text": [html.escape(entry.label) for entry in found],
+                    "hovertemplate": "%{text}<br>%{y:.2%} at %{x:,}<extra></extra>",
+                }
+            )
+    return traces
+
+
+def _trace(view: View, details: list[dict[str, Any]], value: Any, places: list[int], place: int) -> dict[str, Any]:
+    """The points of one value of the key that colours, or all."""
+    spots = [view.spots[index] for index in places]
+    edges = [2.0 if view.is_kept(spot) else 0.0 for spot in spots]
+    bars = [(0.0, 0.0) if spot.y < view.floor else (spot.x_interval, spot.y_interval) for spot in spots]
+    marker = {
+        "size": 10,
+        "symbol": SYMBOLS[MARKERS.index(category(place)[1])],
+        "line": {"color": "#000", "width": edges},
+    }
+    marker |= _colour_scale(view.colours) if view.colours.numeric else {"color": category(place)[0]}
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "points" if value is None else html.escape(label(view, value)),
+        "x": [spot.x for spot in spots],
+        "y": [spot.y for spot in spots],
+        "marker": marker,
+        "customdata": places,
+        "error_x": _bars([x for x, _ in bars]),
+        "error_y": _bars([y for _, y in bars]),
+        "text": [_hover(details[index]) for index in places],
+        "hovertemplate": "%{text}<extra></extra>",
+    }
+
+
+def _bars(intervals: list[float]) -> dict[str, Any]:
+    return {"type": "data", "array": intervals, "thickness": 1, "width": 0, "visible": any(intervals), "color": "#999"}
+
+
+def _colour_scale(colours: Colours) -> dict[str, Any]:
+    from matplotlib.colors import to_hex
+
+    shade = shades()
+    scale = [[step / (NUM_SHADES - 1), to_hex(shade(step))] for step in range(NUM_SHADES)]
+    place = math.log10 if colours.is_log else float
+    ticks = colours.categories[:: math.ceil(len(colours.categories) / MAX_TICKS)]
+    bar = {"title": {"text": colours.key, "side": "top"}, "tickvals": [*map(place, ticks)], "thickness": 14}
+    bar["ticktext"] = [f"{value:g}" for value in ticks]
+    return {"color": [*map(place, colours.values)], "colorscale": scale, "colorbar": bar}
+
+
+def _hover(detail: dict[str, Any]) -> str:
+    """A point in a few lines."""
+    accuracy, count = detail["accuracy"], len(detail["seeds"])
+    figures = [f"test {_percent(accuracy['test'])}", f"validation {_percent(accuracy['validation'])}"]
+    size = f"compression {detail['compression']['weights'] or math.inf:.1f}×, MACs {detail['macs']['pruned']:,.0f}"
+    folder = detail["best_folder"] + (f" (best of {count} seeds)" if count > 1 else "")
+    lines = [" ".join(detail["overrides"]), ", ".join(figures), size, folder]
+    return "<br>".join(html.escape(line) for line in lines)
+
+
+def _percent(estimate: dict[str, float | None]) -> str:
+    if estimate["mean"] is None:
+        return "–"
+    interval = "" if estimate["interval"] is None else f" ± {100 * estimate['interval']:.2f}"
+    return f"{estimate['mean']:.2%}{interval}"
+
+
+def _layout(view: View) -> dict[str, Any]:
+    across = {"type": "log", "title": {"text": LABELS[view.size]}, "gridcolor": "#eee", **_ticks(view)}
+    up = {"title": {"text": "test accuracy"}, "tickformat": ".2~%", "range": view.heights, "gridcolor": "#eee"}
+    return {
+        "xaxis": across,
+        "yaxis": up,
+        "legend": {"orientation": "h", "y": -0.15},
+        "hovermode": "closest",
+        "plot_bgcolor": "#fff",
+        "margin": {"t": 40, "r": 20, "l": 80},
+    }
+
+
+def _ticks(view: View) -> dict[str, Any]:
+    """Plain numbers on an axis that spans more than a power of ten; otherwise the library's own."""
+    sizes = [entry.x for entry in (*view.spots, *view.published)]
+    if not sizes or max(sizes) <= LOG_SPAN * min(sizes):
+        return {}
+    ticks = [step * 10**power for power in range(DECADES) for step in (1, 2, 5)]
+    return {"tickvals": ticks, "ticktext": [f"{tick:,}" for tick in ticks]}

@@ -1,0 +1,200 @@
+"""Points of a sweep: members that differ in nothing but the seed, with their means; the front, and a choice on it."""
+
+import functools
+import math
+import os
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sparsity.errors import ConfigError
+from sparsity.front import OBJECTIVES, hypervolume, non_dominated
+from sparsity.results import objectives
+from sparsity.results.members import SIZES, WITHOUT_EFFECT, Member, canonical
+
+CONFIDENCE = 0.95
+VALIDATION, TEST = "accuracy.final.validation", "accuracy.final.test"
+
+
+class Estimate(NamedTuple):
+    """A mean over seeds and the half-width of its interval; None where there is nothing to say."""
+
+    mean: float | None
+    interval: float | None
+
+
+def estimate(numbers: Sequence[float | None]) -> Estimate:
+    """The mean of numbers, and its 95 % interval by Student's t; no mean where one is missing."""
+    if not numbers or any(number is None or not math.isfinite(number) for number in numbers):
+        return Estimate(None, None)
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) == 1:
+        return Estimate(mean, None)
+    from scipy.special import stdtrit
+
+    variance = math.fsum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
+    quantile = float(stdtrit(len(numbers) - 1, (1 + CONFIDENCE) / 2))
+    return Estimate(mean, quantile * math.sqrt(variance / len(numbers)))
+
+
+@dataclass(frozen=True)
+class Point:
+    """Finished members that differ in nothing but the seed."""
+
+    members: tuple[Member, ...]  # one a seed
+
+    def estimate(self, key: str) -> Estimate:
+        """The mean of a number of the results under its dotted key."""
+        return estimate([member.number(key) for member in self.members])
+
+    def mean(self, key: str) -> float:
+        """The mean of a number; NaN where it was not measured."""
+        mean = self.estimate(key).mean
+        return math.nan if mean is None else mean
+
+    def value(self, key: str) -> str | None:
+        """The value of a setting; of several seeds all."""
+        if key == "seed":
+            return ",".join(str(member.seed) for member in self.members)
+        return self.members[0].value(key)
+
+    def objectives(self, names: Sequence[str]) -> tuple[float, ...]:
+        """The means of the numbers that a search looks at; accuracy is validation accuracy."""
+        each = zip(*(objectives(member.result, names) for member in self.members))
+        return tuple(math.nan if (mean := estimate(numbers).mean) is None else mean for numbers in each)
+
+    @functools.cached_property
+    def best(self) -> Member:
+        """The member with the best validation accuracy; the earliest of equals."""
+        return max(self.members, key=lambda member: member.number(VALIDATION) or 0.0)
+
+    @property
+    def overrides(self) -> list[str]:
+        """What the members have in common on the command line."""
+        several = len(self.members) > 1
+        return [entry for entry in self.members[0].overrides if not (several and _is_seed(entry))]
+
+    @property
+    def command(self) -> str:
+        """The line that runs it again; of several seeds, all of them."""
+        if len(self.members) == 1:
+            return _command(self.overrides)
+        return _command(["-m", *self.overrides, f"seed={self.value('seed')}"])
+
+
+def command(member: Member) -> str:
+    """The line that runs one member again."""
+    return _command(member.overrides)
+
+
+def _command(arguments: Iterable[str]) -> str:
+    return " ".join(["python main.py", *map(shlex.quote, arguments)])
+
+
+def _is_seed(override: str) -> bool:
+    return override.lstrip("+").startswith("seed=")
+
+
+def points_of(members: Iterable[Member]) -> list[Point]:
+    """The finished members, those apart in the seed alone put together; a run that was repeated counts once."""
+    done = [member for member in members if member.result is not None]
+    keys = sorted({key for member in done for key in member.settings} - {"seed", *WITHOUT_EFFECT})
+    groups: dict[Any, dict[str | None, Member]] = {}
+    for member in done:
+        unknown = None if member.overrides or "overrides" in member.result else member.folder
+        place = (unknown, *(canonical(member.value(key)) for key in keys))
+        groups.setdefault(place, {}).setdefault(member.seed, member)
+    return [Point(tuple(seeds.values())) for seeds in groups.values()]
+
+
+def front_of(points: Sequence[Point], names: Sequence[str]) -> list[Point]:
+    """The points that no other dominates, in the order of the second objective."""
+    values = [point.objectives(names) for point in points]
+    kept = non_dominated(values, directions(names))
+    found = [(value, index) for index, value in enumerate(values) if kept[index]]
+    return [points[index] for _, index in sorted(found, key=lambda entry: (*entry[0][1:], *entry))]
+
+
+def directions(names: Iterable[str]) -> list[str]:
+    """Which way each objective is better."""
+    return [OBJECTIVES[name] for name in names]
+
+
+def size_objective(names: Iterable[str]) -> str:
+    """The objective that says how small a network is."""
+    return next((name for name in names if name in SIZES), "compression")
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def smallest(points: Sequence[Point], accuracy: float, names: Sequence[str]) -> Point:
+    """The smallest network whose validation accuracy, the mean over seeds, is at least the one asked for."""
+    if not 0 <= accuracy <= 1:
+        raise ConfigError(f"--at-least-accuracy must be a share in [0, 1], got {accuracy:g}: 98.4 % is 0.984")
+    measured = [point for point in points if point.estimate(VALIDATION).mean is not None]
+    if not measured:
+        raise ConfigError("no member has a validation accuracy to choose by: was it run with data.validation=0?")
+    size = size_objective(names)
+    sign = -1 if OBJECTIVES[size] == "maximize" else 1
+    fitting = [point for point in measured if point.mean(VALIDATION) >= accuracy and point.mean(SIZES[size]) > 0]
+    if not fitting:
+        best = max(point.mean(VALIDATION) for point in measured)
+        raise ConfigError(f"no member reaches --at-least-accuracy {accuracy:g} on validation: the best has {best:.4f}")
+    return min(fitting, key=lambda point: (sign * point.mean(SIZES[size]), -point.mean(VALIDATION)))
+
+
+# --- comparing -------------------------------------------------------------------------------------------------------
+
+
+def dominated_volume(front: Sequence[Point], names: Sequence[str], accuracy: str, reference: float) -> float:
+    """The hypervolume of points: accuracy above a reference × log10 of the reduction against the dense network.
+
+    accuracy: the key of the accuracy that is taken.
+    """
+    readers: dict[str, Callable[[Point], float]] = {name: functools.partial(_reduction, size=name) for name in SIZES}
+    readers["accuracy"] = lambda point: point.mean(accuracy)
+    values = [[readers[name](point) for name in names] for point in front]
+    start = [reference if name == "accuracy" else 0.0 for name in names]
+    return hypervolume(values, start, ["maximize"] * len(names))
+
+
+def _reduction(point: Point, size: str) -> float:
+    """log10 of how many times smaller a network is than the dense one."""
+    key = "macs.dense" if size == "macs" else "total.weights"
+    left = point.mean("macs.pruned" if size == "macs" else "nonzero.weights")
+    return math.log10(max(point.mean(key), 1.0) / max(left, 1.0))
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def describe(point: Point, names: Sequence[str], base: Path) -> dict[str, Any]:
+    """A point under the keys of `front.json`; folders as seen from `base`."""
+
+    def interval(key: str) -> dict[str, float | None]:
+        found = point.estimate(key)
+        return {"mean": found.mean, "interval": found.interval}
+
+    return {
+        "overrides": point.overrides,
+        "seeds": [member.result.get("seed") for member in point.members],
+        "folders": [relative(member.folder, base) for member in point.members],
+        "best_folder": relative(point.best.folder, base),
+        "objectives": dict(zip(names, point.objectives(names))),
+        "accuracy": {"validation": interval(VALIDATION), "test": interval(TEST)},
+        **{name: _means(point, name) for name in ("compression", "macs", "nonzero")},
+        "structure": [member.result.get("structure") for member in point.members],
+        "command": point.command,
+    }
+
+
+def _means(point: Point, name: str) -> dict[str, float | None]:
+    return {key: point.estimate(f"{name}.{key}").mean for key in point.members[0].result[name]}
+
+
+def relative(folder: Path, base: Path) -> str:
+    """A folder as seen from another."""
+    return Path(os.path.relpath(folder, base)).as_posix()
