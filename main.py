@@ -3,7 +3,9 @@
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -20,8 +22,7 @@ TRUST = config.admitted(sys.argv[1:])  # before Hydra composes, so that no YAML 
 os.environ["SPARSITY_TRUST"] = ",".join(TRUST)  # for the processes that a launcher starts
 
 
-@hydra.main(config_path="conf", config_name="config", execution_whitelist=config.TRUSTED)
-def main(composed: DictConfig) -> tuple[float, ...]:
+def run(composed: DictConfig) -> tuple[float, ...]:
     """One job: a run, or a member of a sweep."""
     from sparsity import experiment  # torch takes seconds to import, and --help and bad keys need none of it
 
@@ -34,6 +35,17 @@ def main(composed: DictConfig) -> tuple[float, ...]:
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # a sweep goes on with its other members
         raise SystemExit(USER_MISTAKE) from error
+
+
+def run_together(jobs: Sequence[DictConfig], **how: Any) -> list[Any]:
+    """Jobs of a sweep as populations, for the launcher of that name."""
+    from sparsity import experiment
+
+    return experiment.run_jobs(jobs, TRUST, **how)
+
+
+run.together = run_together
+main = hydra.main(config_path="conf", config_name="config", execution_whitelist=config.TRUSTED)(run)
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -39,6 +39,10 @@ class Population:
         """One member, as a population of one."""
         return self.map(lambda tensor: tensor[index : index + 1])
 
+    def take(self, members: list[int]) -> "Population":
+        """Some of the members."""
+        return self.map(lambda tensor: tensor[members])
+
     def to(self, device: torch.device | str) -> "Population":
         """The population on a device."""
         return self.map(lambda tensor: tensor.to(device))

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +16,32 @@ from sparsity.training import Loop, Penalty, Trained, Watcher, train
 
 
 @dataclass(frozen=True)
+class Method:
+    """A function and those of its numbers that may differ between members, each a tensor [members]."""
+
+    function: Callable[..., Any]
+    numbers: Tensors = field(default_factory=dict)
+
+    def take(self, members: list[int]) -> "Method":
+        """The method of some of the members."""
+        return replace(self, numbers={name: number[members] for name, number in self.numbers.items()})
+
+
+@dataclass(frozen=True)
 class Rule:
     """A pruning rule and what it is applied to; what may differ between members is a tensor [members]."""
 
-    mask: Callable[..., Any]  # (weight view, sensitivity=) → mask, or of the whole dict where `whole`
-    cut: Callable[..., Any] | None  # the same arguments → the threshold
+    mask: Method  # (weight view, sensitivity=) → mask, or of the whole dict where `whole`
+    cut: Method | None  # the same arguments → the threshold
     whole: bool
     structural: bool
     pools: list[tuple[list[str], Tensor]]  # names of parameters that are pruned together, and their sensitivity
     excluded: frozenset[str] = frozenset()  # names that are not pruned, whatever the rule
+
+    def take(self, members: list[int]) -> "Rule":
+        """The rule of some of the members."""
+        pools = [(names, sensitivity[members]) for names, sensitivity in self.pools]
+        return replace(self, mask=self.mask.take(members), cut=self.cut and self.cut.take(members), pools=pools)
 
 
 @dataclass(frozen=True)
@@ -40,13 +57,12 @@ class Ingredients:
 
     def take(self, members: list[int]) -> "Ingredients":
         """The ingredients of some of the members."""
-        pools = [(names, sensitivity[members]) for names, sensitivity in self.rule.pools]
-        penalty = self.penalty
+        rule, penalty = self.rule.take(members), self.penalty
         if penalty is not None:
             numbers = {name: number[members] for name, number in penalty.numbers.items()}
             penalty = replace(penalty, decay=penalty.decay[members], numbers=numbers)
         seeds = [self.seeds[member] for member in members]
-        return replace(self, penalty=penalty, rule=replace(self.rule, pools=pools), seeds=seeds)
+        return replace(self, penalty=penalty, rule=rule, seeds=seeds)
 
 
 class Pruned(NamedTuple):
@@ -140,19 +156,19 @@ def _bias_masks(population: Population, masks: Tensors) -> Tensors:
     return found
 
 
-def _applied(function: Callable[..., Any], population: Population, rule: Rule) -> list[tuple[list[str], Any]]:
+def _applied(method: Method, population: Population, rule: Rule) -> list[tuple[list[str], Any]]:
     """A function of views and sensitivity applied to each pool of parameters of every member."""
     layouts = population.layouts
 
-    def one(parameters: Tensors, sensitivity: Tensor) -> Any:
+    def one(parameters: Tensors, sensitivity: Tensor, numbers: Tensors) -> Any:
         views = {name: to_view(parameter, layouts[name]) for name, parameter in parameters.items()}
         if rule.whole:
-            return function(views, sensitivity=sensitivity)
-        return {name: function(view, sensitivity=sensitivity) for name, view in views.items()}
+            return method.function(views, sensitivity=sensitivity, **numbers)
+        return {name: method.function(view, sensitivity=sensitivity, **numbers) for name, view in views.items()}
 
-    mapped = over_members(one, population.num_members, (0, 0))
+    mapped = over_members(one, population.num_members, (0, 0, 0))
     return [
-        (pool, mapped({name: population.parameters[name] for name in pool}, sensitivity))
+        (pool, mapped({name: population.parameters[name] for name in pool}, sensitivity, method.numbers))
         for pool, sensitivity in rule.pools
     ]
 

@@ -14,9 +14,9 @@ LEVELS = [
     {"training", "accounting"},
     {"stages", "config", "results", "console", "store"},
     {"experiment"},
-    {"sweeper", "callbacks"},
+    {"sweeper", "callbacks", "launcher"},
 ]
-KNOW_HYDRA = {"config", "experiment", "sweeper", "callbacks"}
+KNOW_HYDRA = {"config", "experiment", "sweeper", "callbacks", "launcher"}
 ROOMS = sorted(
     path.stem for path in (ROOT / "sparsity").glob("*") if path.suffix == ".py" or (path / "__init__.py").exists()
 )

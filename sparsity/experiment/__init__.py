@@ -1,8 +1,11 @@
 """Configs → populations → stages → results: the only room that knows the whole way."""
 
 import contextlib
+import dataclasses
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from sparsity import config, results
 from sparsity.data import Splits
-from sparsity.errors import ConfigError, SparsityError
+from sparsity.errors import ConfigError, SparsityError, reason
 from sparsity.experiment.keys import Key, stage_keys
 from sparsity.experiment.parts import (
-    can_be_stacked,
     check_methods,
     device_of,
     first_population,
     ingredients,
     load_data,
     machine,
+    members_at_a_time,
     precision_of,
 )
 from sparsity.experiment.record import Job, Record
@@ -55,6 +58,90 @@ def run_job(composed: DictConfig, trust: Sequence[str] = ()) -> tuple[float, ...
     return results.objectives(result, composed.objectives)
 
 
+def run_jobs(
+    composed: Sequence[DictConfig],
+    trust: Sequence[str] = (),
+    *,
+    listen: Callable[[Sequence[int]], contextlib.AbstractContextManager[None]],
+    stacked: bool | None = None,
+    limit: int | None = None,
+) -> list[tuple[float, ...] | Exception]:
+    """The objectives of Hydra's jobs, or their errors; those that differ in numbers alone are trained together.
+
+    composed: with `hydra` in them; listen: is given the jobs that what is said meanwhile is of.
+    """
+    found: list[Any] = [None] * len(composed)
+    jobs: dict[int, Job] = {}
+    for index, each in enumerate(composed):
+        with listen([index]):
+            found[index] = _prepared(each, trust)
+        if isinstance(found[index], Job):
+            jobs[index] = replace(found[index], number=index)
+    for indexes in _groups(jobs):
+        with listen(indexes):
+            outcomes = _run_group([jobs[index] for index in indexes], stacked, limit)
+        for index, outcome in zip(indexes, outcomes):
+            found[index] = outcome
+    for index, outcome in enumerate(found):
+        if isinstance(outcome, Exception):
+            results.write_failure(_folder_of(composed[index]), outcome)
+        else:
+            found[index] = results.objectives(outcome, composed[index].objectives)
+    return found
+
+
+def _prepared(composed: DictConfig, trust: Sequence[str]) -> Job | Exception:
+    """The checked job of a composed config, or what is wrong with it."""
+    try:
+        folder = _folder_of(composed)
+        folder.mkdir(parents=True, exist_ok=True)
+        results.clear_failure(folder)
+        own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        return _job(own, composed.hydra, folder, trust)
+    except (SparsityError, OSError) as error:
+        return error
+
+
+def _folder_of(composed: DictConfig) -> Path:
+    """The folder that Hydra gives a job of a sweep."""
+    return Path(str(composed.hydra.sweep.dir), str(composed.hydra.sweep.subdir)).absolute()
+
+
+def _groups(jobs: Mapping[int, Job]) -> list[list[int]]:
+    """The jobs whose runs differ in seed, decay, sensitivities and the methods' own floats alone."""
+    groups: dict[str, list[int]] = {}
+    for index, job in jobs.items():
+        groups.setdefault(_kind_of(job.run), []).append(index)
+    return list(groups.values())
+
+
+def _kind_of(run: config.Run) -> str:
+    """All that members of one population have in common, as text."""
+
+    def without_floats(call: config.Call | None) -> Any:
+        shared = call and {name: None if isinstance(n, float) else n for name, n in call.numbers.items()}
+        return call and [call.target, shared]
+
+    reg = replace(run.reg, decay=0.0, penalty=None, search={})
+    prune = replace(run.prune, rule=None, cut=None, search={}, layers=dict.fromkeys(run.prune.layers, 0.0))
+    methods = [without_floats(run.reg.penalty), without_floats(run.prune.rule), without_floats(run.prune.cut)]
+    calls = [[each.target, each.numbers] for each in (run.model.factory, run.data.loader, run.optimizer)]
+    bare = replace(run, reg=reg, prune=prune, seed=0, sensitivity=0.0, name={}, plots=False, optimizer=None)
+    bare = replace(bare, model=replace(run.model, factory=None), data=replace(run.data, loader=None))
+    return json.dumps([dataclasses.asdict(bare), methods, calls], default=str)
+
+
+def _run_group(jobs: Sequence[Job], stacked: bool | None, limit: int | None) -> list[Outcome | Exception]:
+    """The outcomes of one group; what fails it as a whole is found out member by member."""
+    try:
+        return run_members(jobs, stacked=stacked, limit=limit)
+    except Exception as error:
+        if len(jobs) == 1:
+            return [error]
+        log.warning(f"warning: {len(jobs)} members together fail ({reason(error)}): they are run one by one")
+        return [_run_group([job], stacked, limit)[0] for job in jobs]
+
+
 @contextlib.contextmanager
 def _failure_in(folder: Path) -> Iterator[None]:
     """Leaves `failure.json` in the folder of a member that fails, for the summary of its sweep."""
@@ -67,23 +154,32 @@ def _failure_in(folder: Path) -> Iterator[None]:
 
 
 def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> dict[str, Any]:
+    outcome = run_members([_job(composed, hydra, folder, trust)])[0]
+    if isinstance(outcome, SparsityError):
+        raise outcome
+    return outcome
+
+
+def _job(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> Job:
+    """The checked job of a composed config."""
     _check_search(composed, hydra)
     checked = config.read(composed, trust=trust, choices=hydra.runtime.choices)
     idle = config.idle_settings(checked, list(hydra.overrides.task))
     for line in idle:
         log.warning(f"warning: {line}")
     overrides = [entry for entry in hydra.overrides.task if not entry.startswith("search=")]
-    config_of = OmegaConf.to_container(composed, resolve=True)
-    outcome = run_members([Job(checked, folder, config_of, idle, overrides, hydra.mode is RunMode.MULTIRUN)])[0]
-    if isinstance(outcome, SparsityError):
-        raise outcome
-    return outcome
+    whole = OmegaConf.to_container(composed, resolve=True)
+    return Job(checked, folder, whole, idle, overrides, _is_sweep(hydra))
+
+
+def _is_sweep(hydra: DictConfig) -> bool:
+    return hydra.mode is RunMode.MULTIRUN
 
 
 def _check_search(composed: DictConfig, hydra: DictConfig) -> None:
     """A search needs a sweep, and whatever chooses members by their accuracy needs images to choose on."""
     search, sweeper = hydra.runtime.choices.get("search"), hydra.runtime.choices.get("hydra/sweeper")
-    is_sweep = hydra.mode is RunMode.MULTIRUN
+    is_sweep = _is_sweep(hydra)
     if search and not is_sweep:
         raise ConfigError(f"search={search} needs a sweep: add -m, as in python main.py -m search={search}")
     if is_sweep and sweeper != "basic" and composed.data.validation == 0:
@@ -91,12 +187,14 @@ def _check_search(composed: DictConfig, hydra: DictConfig) -> None:
         raise ConfigError(f"data.validation=0 leaves {chooser} nothing to select on: set it above 0")
 
 
-def run_members(jobs: Sequence[Job]) -> list[Outcome]:
+def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int | None = None) -> list[Outcome]:
     """The result of every job, trained together; a member that diverges gives its error, and the others go on.
 
-    The jobs may differ in seed, decay, sensitivities, and the penalty's own floats alone. A job whose folder holds
-    its result already gives that.
+    The jobs may differ in seed, decay, sensitivities, and the methods' own floats alone. A job whose folder holds its
+    result already gives that. stacked: as one computation; None: where that is faster. limit: of members at a time.
     """
+    if not jobs:
+        return []
     run = jobs[0].run
     with machine(run.threads):
         device = device_of(run.device)
@@ -107,26 +205,24 @@ def run_members(jobs: Sequence[Job]) -> list[Outcome]:
         outcomes: list[Outcome | None] = [_finished(job, key) for job, key in zip(jobs, keys)]
         left = [index for index, outcome in enumerate(outcomes) if outcome is None]
         if left:
-            found = _run_left([jobs[index] for index in left], [keys[index] for index in left], splits, device, kept)
-            for index, outcome in zip(left, found):
+            record = _record([jobs[index] for index in left], [keys[index] for index in left], splits, device, kept)
+            record.at_a_time = members_at_a_time(record.parts, record.population, record.graph, stacked, limit)
+            for stage in run.stages:
+                record.advance(stage)
+            for index, outcome in zip(left, record.outcomes()):
                 outcomes[index] = outcome
         return outcomes
 
 
-def _run_left(
+def _record(
     jobs: Sequence[Job], keys: Sequence[dict[str, Key]], splits: Splits, device: torch.device, kept: Store | None
-) -> list[Outcome]:
-    """The outcome of jobs that are not finished, as one population where they can be stacked."""
+) -> Record:
+    """The members before their first stage, everything about them checked."""
     runs = [job.run for job in jobs]
     population = first_population(runs, splits, device)
     parts = ingredients(runs, splits, population, device)
     check_methods(runs[0], population, parts)
-    if not can_be_stacked(population, parts):
-        return [_run_left([job], [key], splits, device, kept)[0] for job, key in zip(jobs, keys)]
-    record = Record(jobs, keys, parts, population, device, kept)
-    for stage in runs[0].stages:
-        record.advance(stage)
-    return record.outcomes()
+    return Record(jobs, keys, parts, population, device, kept)
 
 
 def _finished(job: Job, keys: dict[str, Key]) -> dict[str, Any] | None:

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -17,13 +19,16 @@ from sparsity import console, stages, store
 from sparsity.config import Run
 from sparsity.data import Files, Images, Splits, count_batches, split
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
+from sparsity.graph import Layer
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Ingredients, derived_seed
-from sparsity.tensors import Layout
-from sparsity.training import Loop, Penalty, try_step
+from sparsity.tensors import Layout, to_view
+from sparsity.training import Loop, Penalty, train, try_step
 from sparsity.weights import fill, read_state
+
+log = logging.getLogger("sparsity")
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "arm_bf16")  # as torch.cpu.get_capabilities names them
@@ -123,23 +128,89 @@ def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) 
     return stack(modules, device)
 
 
-def can_be_stacked(population: Population, parts: Ingredients) -> bool:
-    """Whether the members can be trained as one; random forward passes, among others, cannot be mapped over members.
+def members_at_a_time(
+    parts: Ingredients, population: Population, graph: dict[str, Layer], stacked: bool | None, limit: int | None
+) -> int:
+    """How many members are trained as one: as many as memory takes, or one where stacking is no gain or impossible.
 
-    Refuses a module that one member alone cannot be trained with.
+    stacked: None asks a short measurement on a CPU, and stacks on a GPU. Refuses a module that cannot be trained.
     """
-    loop = next(iter(parts.loops.values()), None)
+    members, loop = population.num_members, next(iter(parts.loops.values()), None)
     if loop is None:
-        return True
+        return members
     try:
         try_step(population.member(0), parts.splits, loop)
     except Exception as error:  # whatever a module of the user's own may raise
         raise ConfigError(f"the model cannot be trained on this data: {reason(error)}") from error
+    if members == 1 or stacked is False or not _can_be_stacked(population, parts, loop):
+        return 1
+    fitting = min(members, limit or members, _fitting(population, parts, graph, loop))
+    if fitting < members:
+        log.info(f"{members} members are trained {fitting} at a time: more do not fit")
+    device = next(iter(population.parameters.values())).device
+    if stacked is None and device.type == "cpu" and not _stacking_pays(population.take(list(range(fitting))), parts):
+        return 1
+    return fitting
+
+
+def _can_be_stacked(population: Population, parts: Ingredients, loop: Loop) -> bool:
+    """Whether the members can be mapped over; random forward passes, among others, cannot."""
     try:
         try_step(population, parts.splits, loop)
     except RuntimeError:
         return False
     return True
+
+
+def _fitting(population: Population, parts: Ingredients, graph: dict[str, Layer], loop: Loop) -> int:
+    """How many members fit into half of the free memory, by a generous count of what training holds."""
+    parameters = population.parameters
+    weights = sum(parameter[0].numel() for parameter in parameters.values())
+    units = sum(
+        layer.num_positions * _num_outputs(parameters[layer.name], population, layer) for layer in graph.values()
+    )
+    images = torch.Size(parts.splits.input_shape).numel()
+    num_bytes = FLOAT_BYTES * (COPIES_OF_WEIGHTS * weights + loop.batch_size * (COPIES_OF_UNITS * units + images))
+    device = next(iter(parameters.values())).device
+    is_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
+    return max(1, int(free / 2 / num_bytes))
+
+
+FLOAT_BYTES = 4
+COPIES_OF_WEIGHTS = 10  # itself, gradient, Adam's two, last and best state, masks, what the penalty makes of it
+COPIES_OF_UNITS = 6  # what a layer gives, what pooling and ReLU make of it, and their gradients
+
+
+def _num_outputs(weight: Tensor, population: Population, layer: Layer) -> int:
+    view = to_view(weight[0], population.layouts[layer.name])
+    return view.shape[0] * view.shape[1]
+
+
+def _stacking_pays(population: Population, parts: Ingredients) -> bool:
+    """Whether a stacked step takes less time than that of one member as many times, by a few steps of each in turns."""
+    members = population.num_members
+    together, alone = (
+        min(_seconds(some, parts.take(list(range(some.num_members)))) for _ in range(ROUNDS))
+        for some in (population, population.member(0))
+    )
+    pays = together < members * alone
+    how = "as one" if pays else "one after another"
+    log.info(f"{members} members are trained {how}: stacked takes {together / (members * alone):.2f} of the time")
+    return pays
+
+
+ROUNDS = 3
+FEW_STEPS = 4
+
+
+def _seconds(population: Population, parts: Ingredients) -> float:
+    """The time of a few training steps."""
+    loop = replace(next(iter(parts.loops.values())), epochs=2)  # the first one warms up
+    few = parts.splits.train.take(torch.arange(min(len(parts.splits.train), FEW_STEPS * loop.batch_size)))
+    generators = [torch.Generator().manual_seed(seed) for seed in parts.seeds]
+    splits = replace(parts.splits, train=few, validation=None)
+    return train(population, splits, loop, generators, penalty=parts.penalty).history[-1].seconds
 
 
 def check_methods(run: Run, population: Population, parts: Ingredients) -> None:
@@ -214,14 +285,21 @@ def _penalty(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.devi
     names = [name for name, layout in layouts.items() if layout.kind in reg.apply_to]
     if not names:
         raise ConfigError(f"reg.apply_to={reg.apply_to}: the model has no such parameters")
-    shared = {name: number for name, number in reg.penalty.numbers.items() if not isinstance(number, float)}
+    method = _method([run.reg.penalty for run in runs], device)
+    function = stages.total_penalty(method.function, layouts, names)
+    return Penalty(function, torch.tensor([run.reg.decay for run in runs], device=device), method.numbers)
+
+
+def _method(calls: Sequence[schema.Call], device: torch.device) -> stages.Method:
+    """A method of all members: its floats, which may differ between them, apart from what they share."""
+    numbers = calls[0].numbers
+    shared = {name: number for name, number in numbers.items() if not isinstance(number, float)}
     floats = {
-        name: torch.tensor([run.reg.penalty.numbers[name] for run in runs], device=device)
-        for name in reg.penalty.numbers
+        name: torch.tensor([call.numbers[name] for call in calls], device=device)
+        for name in numbers
         if name not in shared
     }
-    function = stages.total_penalty(partial(reg.penalty.function, **shared), layouts, names)
-    return Penalty(function, torch.tensor([run.reg.decay for run in runs], device=device), floats)
+    return stages.Method(partial(calls[0].function, **shared), floats)
 
 
 def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> stages.Rule:
@@ -238,8 +316,8 @@ def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device)
         numbers = [run.sensitivity if owner is None else run.prune.layers[owner] for run in runs]
         pools.append(([name for name in names if owners[name] == owner], torch.tensor(numbers, device=device)))
     return stages.Rule(
-        mask=rule.rule.partial(),
-        cut=None if rule.cut is None else rule.cut.partial(),
+        mask=_method([run.prune.rule for run in runs], device),
+        cut=None if rule.cut is None else _method([run.prune.cut for run in runs], device),
         whole=rule.scope == "network",
         structural=rule.structural,
         pools=pools,

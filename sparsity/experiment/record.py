@@ -63,6 +63,7 @@ class Job:
     notes: Sequence[str] = ()
     overrides: Sequence[str] = ()  # of the command line: those that run the member by itself
     in_sweep: bool = False  # says one line on the terminal, not two tables
+    number: int = 0  # among the jobs that run together
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Member:
     def warn(self, line: str) -> None:
         """Keeps a warning for the result."""
         self.warnings.append(line)
-        log.warning(f"warning: {line}")
+        log.warning(f"warning: {line}", extra={"member": self.job.number})
 
 
 class Record:
@@ -100,7 +101,8 @@ class Record:
         device: torch.device,
         store: Store | None,
     ):
-        self.parts, self.device, self.store = parts, device, store
+        self.parts, self.population, self.device, self.store = parts, population, device, store
+        self.at_a_time = len(jobs)  # how many members are trained as one
         self.splits = parts.splits
         self.run = jobs[0].run
         self.graph: dict[str, Layer] = trace(population.module, parts.splits.example())
@@ -160,9 +162,21 @@ class Record:
         return self.store.claim(stage, [member.keys[stage].key for member in members])
 
     def _computed(self, stage: str, members: list[Member]) -> dict[str, Kept]:
-        """The stage of some members, trained together, and kept."""
-        if not members:
-            return {}
+        """The stage of some members, trained together as many at a time as is set, and kept."""
+        computed: dict[str, Kept] = {}
+        while members:
+            some, members = members[: self.at_a_time], members[self.at_a_time :]
+            try:
+                computed |= self._computed_together(stage, some)
+            except torch.OutOfMemoryError:
+                if len(some) == 1:
+                    raise
+                self.at_a_time = (len(some) + 1) // 2
+                log.info(f"{len(some)} members do not fit into memory: they are trained {self.at_a_time} at a time")
+                members = [*some, *members]
+        return computed
+
+    def _computed_together(self, stage: str, members: list[Member]) -> dict[str, Kept]:
         start = time.perf_counter()
         before = join([member.population for member in members])
         after, notes = _run_stage(stage, before, self.parts.take([self.members.index(member) for member in members]))

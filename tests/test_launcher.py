@@ -1,0 +1,258 @@
+"""The population launcher: Hydra's own suite, and members that are as if they had run alone."""
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, choices
+from hydra.core.plugins import Plugins
+from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+from safetensors.torch import load_file
+
+from sparsity import config, experiment
+from sparsity.errors import ConfigError, DivergedError
+from sparsity.experiment import parts as experiment_parts
+from sparsity.launcher import PopulationLauncher
+
+NAME = "population"
+SMALL = ("data=digits", "schedule=smoke", "plots=false", "threads=1", "store=null", "precision=float32")
+MLP = (*SMALL, "model=mlp", "model.factory.hidden=[12]", "optimizer=sgd")
+
+
+def test_it_is_found():
+    assert PopulationLauncher in Plugins.instance().discover()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher_name", "overrides"), [(NAME, [])])
+class TestPopulationLauncher(LauncherTestSuite):
+    """Hydra's own tests of a launcher."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher_name", "overrides"), [(NAME, ["hydra.sweeper.max_batch_size=2"])])
+class TestPopulationLauncherInBatches(BatchedSweeperTestSuite):
+    """Hydra's own tests of a launcher that is given batches."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("task_launcher_cfg", "extra_flags"), [({}, ["-m", f"hydra/launcher={NAME}"])])
+class TestPopulationLauncherAsTyped(IntegrationTestSuite):
+    """Hydra's own tests of a launcher in a process of its own."""
+
+
+# --- equal results ---------------------------------------------------------------------------------------------------
+
+
+def job(folder, *overrides):
+    composed, _ = config.compose(overrides)
+    return experiment.Job(config.read(composed), folder, in_sweep=True)
+
+
+@pytest.fixture
+def members(tmp_path):
+    """The outcomes of members trained together, and of each trained alone, in folders of their own."""
+
+    def members(common, differing, **how):
+        each = [(*common, *own) for own in differing]
+        together = experiment.run_members(
+            [job(tmp_path / f"together{number}", *own) for number, own in enumerate(each)], **how
+        )
+        alone = [experiment.run_members([job(tmp_path / f"alone{n}", *own)])[0] for n, own in enumerate(each)]
+        return together, alone
+
+    return members
+
+
+def check_equal(together, alone, images=360):
+    """Masks and zeros are the same, weights to what the order of additions explains, accuracies to an image or two."""
+    for one, other in zip(together, alone):
+        for stage in ("prune", "finetune"):
+            left, right = (load_file(f"{result['folder']}/stages/{stage}.safetensors") for result in (one, other))
+            for name in left:
+                assert torch.equal(left[name] == 0, right[name] == 0), f"{stage}: {name}"
+                torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-5)
+        for name in ("dense", "regularized", "pruned", "final"):
+            assert abs(one["accuracy"][name]["test"] - other["accuracy"][name]["test"]) <= 2 / images
+        assert one["keys"] == other["keys"] and one["compression"] == other["compression"]
+
+
+DIFFERING = [("seed=0", "sensitivity=0.2"), ("seed=1", "sensitivity=0.5"), ("seed=1", "sensitivity=0.7")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in choices("reg") if name != "none"])
+def test_every_regularizer_is_the_same_in_a_population(name, members):
+    decay = config.compose([f"reg={name}"])[0].reg.decay
+    decays = [f"reg.decay={decay * factor}" for factor in (0.5, 1, 2)]
+    together, alone = members(
+        (*MLP, f"reg={name}"), [(*own, decay) for own, decay in zip(DIFFERING, decays)], stacked=True
+    )
+    check_equal(together, alone)
+    assert len({result["compression"]["weights"] for result in together}) == 3
+
+
+SENSITIVITIES = {  # those that prune some of a network that is hardly trained
+    "percentile": (0.3, 0.6, 0.8),
+    "threshold": (0.01, 0.02, 0.03),
+    "group_threshold": (0.018, 0.02, 0.021),
+    "group_std": (0.8, 0.9, 0.95),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", choices("prune"))
+def test_every_rule_is_the_same_in_a_population(name, members):
+    sensitivities = SENSITIVITIES.get(name, (0.05, 0.2, 0.4))
+    differing = [(f"seed={seed}", f"sensitivity={value}") for seed, value in zip((0, 1, 1), sensitivities)]
+    together, alone = members((*MLP, f"prune={name}"), differing, stacked=True)
+    check_equal(together, alone)
+    assert len({result["compression"]["weights"] for result in together}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [["model=lenet5"], ["model=torchvision", "model.factory.name=mnasnet0_5"]])
+def test_networks_with_convolutions_are_the_same_or_run_singly(model, members):
+    common = (*SMALL, "optimizer=sgd", "stages=[pretrain,prune]", "schedule.pretrain.epochs=1", *model)
+    together, alone = members(common, [("seed=0",), ("seed=1",)], stacked=True)
+    for one, other in zip(together, alone):
+        assert abs(one["accuracy"]["final"]["test"] - other["accuracy"]["final"]["test"]) <= 4 / 360
+
+
+def test_floats_of_a_method_may_differ(members):
+    common = (*MLP, "reg=transformed_l1", "stages=[pretrain,regularize,prune]")
+    jobs = [("reg.penalty.a=0.5",), ("reg.penalty.a=2.0",)]
+    together, alone = members(common, jobs, stacked=True)
+    assert [result["accuracy"] for result in together] == [result["accuracy"] for result in alone]
+    assert together[0]["keys"]["pretrain"] == together[1]["keys"]["pretrain"]
+    assert together[0]["computed"] == ["pretrain", "regularize", "prune"]
+    assert together[1]["computed"] == ["regularize", "prune"]
+    assert together[0]["layers"] != together[1]["layers"]
+
+
+def test_one_after_another_is_each_alone_to_the_bit(members):
+    together, alone = members(MLP, DIFFERING[:2], stacked=False)
+    for one, other in zip(together, alone):
+        left, right = (load_file(f"{result['folder']}/model.safetensors") for result in (one, other))
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_population_of_one_and_of_none(members):
+    together, alone = members(MLP, DIFFERING[:1])
+    assert together[0]["accuracy"] == alone[0]["accuracy"]
+    assert experiment.run_members([]) == []
+
+
+# --- groups and failures ---------------------------------------------------------------------------------------------
+
+
+def run_jobs(tmp_path, common, differing, **how):
+    composed = []
+    for number, own in enumerate(differing):
+        from omegaconf import OmegaConf, open_dict
+
+        each, hydra = config.compose([*common, *own])
+        OmegaConf.set_readonly(hydra, False)
+        with open_dict(each), open_dict(hydra):
+            hydra.sweep.dir, hydra.sweep.subdir = str(tmp_path), str(number)
+            each.hydra = hydra
+        composed.append(each)
+    return experiment.run_jobs(composed, listen=lambda members: contextlib.nullcontext(), **how)
+
+
+def test_what_differs_in_more_than_numbers_splits_the_group(tmp_path, monkeypatch):
+    groups = []
+    train = experiment.run_members
+    monkeypatch.setattr(experiment, "run_members", lambda jobs, **how: groups.append(len(jobs)) or train(jobs, **how))
+    common = (*MLP, "stages=[pretrain,prune]", "schedule.pretrain.epochs=1")
+    differing = [
+        ("seed=1",),
+        ("reg=l1",),
+        ("seed=2", "sensitivity=0.3"),
+        ("model.factory.hidden=[5]",),
+        ("reg.decay=1",),
+    ]
+    outcomes = run_jobs(tmp_path, common, differing)
+    assert sorted(groups) == [1, 1, 3] and all(len(outcome) == 2 for outcome in outcomes)
+
+
+def test_a_member_that_diverges_fails_alone(tmp_path):
+    outcomes = run_jobs(tmp_path, MLP, [("reg.decay=1e-5",), ("reg.decay=1e30",), ("reg.decay=1e-4",)], stacked=True)
+    assert isinstance(outcomes[1], DivergedError) and "regularize" in str(outcomes[1])
+    assert all(len(outcomes[index]) == 2 for index in (0, 2))
+    assert "NaN or infinite" in json.loads((tmp_path / "1" / "failure.json").read_text())["error"]
+    assert [(tmp_path / str(index) / "result.json").exists() for index in range(3)] == [True, False, True]
+
+
+def test_a_member_with_a_mistake_fails_alone(tmp_path):
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "result.json").write_text('{"keys": {}}')
+    outcomes = run_jobs(tmp_path, MLP, [("sensitivity=0.1",), ("sensitivity=-1",), ("seed=5",)])
+    assert len(outcomes[0]) == 2 and isinstance(outcomes[1], ConfigError) and "holds a finished run" in str(outcomes[2])
+    assert (tmp_path / "2" / "result.json").read_text() == '{"keys": {}}'
+
+
+def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(experiment_parts, "_fitting", lambda *arguments: 2)
+    with caplog.at_level("INFO"):
+        outcomes = run_jobs(tmp_path, MLP, [(f"seed={seed}",) for seed in range(3)], stacked=True)
+    assert "3 members are trained 2 at a time: more do not fit" in caplog.text
+    assert all(len(outcome) == 2 for outcome in outcomes)
+
+
+def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplog):
+    from sparsity.experiment import record
+
+    stage, sizes = record._run_stage, []
+
+    def crowded(name, before, parts):
+        sizes.append(before.num_members)
+        if before.num_members > 2:
+            raise torch.OutOfMemoryError("no room")
+        return stage(name, before, parts)
+
+    monkeypatch.setattr(record, "_run_stage", crowded)
+    with caplog.at_level("INFO"):
+        outcomes = run_jobs(
+            tmp_path, (*MLP, "stages=[pretrain]"), [(f"seed={seed}",) for seed in range(3)], stacked=True
+        )
+    assert sizes == [3, 2, 1] and "trained 2 at a time" in caplog.text and all(len(o) == 2 for o in outcomes)
+
+
+def test_the_memory_of_a_member_is_counted(tmp_path, monkeypatch):
+    jobs = [job(tmp_path / str(seed), *MLP, f"seed={seed}") for seed in range(2)]
+    monkeypatch.setattr(experiment_parts.psutil, "virtual_memory", lambda: type("", (), {"available": 4e6})())
+    splits, _ = experiment.load_data(jobs[0].run)
+    record = experiment._record(jobs, [{}, {}], splits, torch.device("cpu"), None)
+    loop = next(iter(record.parts.loops.values()))
+    fitting = experiment_parts._fitting(record.population, record.parts, record.graph, loop)
+    weights, units = 784 * 12 + 12 + 12 * 10 + 10, 22
+    assert fitting == int(2e6 / (4 * (10 * weights + loop.batch_size * (6 * units + 784))))
+
+
+@pytest.mark.slow
+def test_as_typed(tmp_path):
+    """A sweep with the launcher gives what the sweep gives in process: folders, logs, summary, exit status."""
+
+    def sweep(name, *more):
+        arguments = ["-m", *MLP, "sensitivity=0.1,0.4,-1", "seed=0,1", f"hydra.sweep.dir={tmp_path / name}", *more]
+        return subprocess.run([sys.executable, "main.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+
+    plain, stacked = sweep("plain"), sweep("stacked", f"hydra/launcher={NAME}", "hydra.launcher.stacked=false")
+    assert plain.returncode == stacked.returncode == 2 and "Traceback" not in stacked.stderr
+    tables = []
+    for name in ("plain", "stacked"):
+        rows = (tmp_path / name / "summary.csv").read_text().splitlines()
+        header = rows[0].split(",")
+        kept = [
+            index for index, column in enumerate(header) if not column.startswith("seconds.") and column != "folder"
+        ]
+        tables.append([[row.split(",")[index] for index in kept] for row in rows if '"' not in row])
+    assert tables[0] == tables[1]
+    for number in range(4):
+        assert "pretrain" in (tmp_path / "stacked" / str(number) / "main.log").read_text()
+        assert (tmp_path / "stacked" / str(number) / ".hydra" / "overrides.yaml").exists()
+    assert "sensitivity must be" in (tmp_path / "stacked" / "4" / "main.log").read_text()
