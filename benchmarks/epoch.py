@@ -27,7 +27,8 @@ from sparsity import data, models, regularizers
 from sparsity.population import stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import total_penalty
-from sparsity.training import Loop, Penalty, train
+from sparsity.step import Penalty
+from sparsity.training import Loop, train
 
 BATCH_SIZE = 100
 DECAY = 1e-4

@@ -134,6 +134,7 @@ class Run:
     device: str
     precision: Literal["auto", "float32", "bfloat16"]
     threads: Annotated[int, Range(1, 1024)] | None
+    step: Literal["auto", "eager", "recorded", "compiled"]
     sensitivity: float
     plots: bool
     store: str | None  # the folder of finished stages
@@ -157,7 +158,7 @@ def _directions(objectives: Sequence[str]) -> list[str]:
 
 # --- sweeps ----------------------------------------------------------------------------------------------------------
 
-NEUTRAL = ("plots", "store", "threads", "trust")  # keys that change no number, and so no sweep
+NEUTRAL = ("plots", "step", "store", "threads", "trust")  # keys that change no number, and so no sweep
 NAMING = ("search", "model", "data", "reg", "prune")  # groups whose choices make a sweep's name
 
 

@@ -116,6 +116,11 @@ def cut(order: Tensor, batch_size: int) -> list[Tensor]:
     return batches
 
 
+def lies_on(data: Images | Files, device: torch.device) -> bool:
+    """Whether a set is held whole on a device."""
+    return isinstance(data, Images) and data.device is None and data.images.device == device
+
+
 def count_batches(num_images: int, batch_size: int) -> int:
     """The number of batches that `cut` makes."""
     return len(cut(torch.empty(num_images), batch_size))

@@ -26,6 +26,11 @@ class Population:
         """The number of members."""
         return len(next(iter(self.parameters.values())))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the members are."""
+        return next(iter(self.parameters.values())).device
+
     def clone(self) -> "Population":
         """A population whose tensors can be changed without changing this one's."""
         return self.map(lambda tensor: tensor.detach().clone())

@@ -11,8 +11,9 @@ from torch import Tensor
 from sparsity.data import Splits
 from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
+from sparsity.step import Penalty
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
-from sparsity.training import Loop, Penalty, Trained, Watcher, train
+from sparsity.training import Loop, Trained, Watcher, train
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,16 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
+from sparsity.capture import Way
 from sparsity.data import Files, Images, Splits, count_batches
 from sparsity.population import Population, choose, over_members
+from sparsity.step import Penalty, Step, arrangement, cuda_devices, leaves, outputs
 from sparsity.tensors import Tensors
 
 EVALUATION_BATCH = 500  # images: large enough to fill the cores, small enough to stay in their caches
@@ -26,15 +26,7 @@ class Loop:
     learning_rate: Callable[[float], float]  # progress in [0, 1] to the learning rate
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     precision: torch.dtype = torch.float32
-
-
-@dataclass(frozen=True)
-class Penalty:
-    """decay · penalty, to be added to the loss; what may differ between members is a tensor [members]."""
-
-    function: Callable[..., Tensor]  # one member's parameters, and its numbers by keyword, to a scalar
-    decay: Tensor
-    numbers: Tensors
+    way: Way = "eager"  # how a step is computed: the same numbers up to the order of additions
 
 
 class Epoch(NamedTuple):
@@ -90,116 +82,43 @@ def train(
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
     among them. Training ends early when every member has diverged.
     """
-    population = _leaves(population)
-    optimizer = loop.optimizer(list(population.trainable.values()))
-    step = _step(population, splits, loop, penalty, optimizer)
+    population = leaves(population)
+    step = Step(population, splits, penalty, loop.optimizer, precision=loop.precision, way=loop.way)
     memory = _Memory(population, select and splits.validation is not None)
     if select:
         memory.add(_measure(0, population, splits, time.perf_counter(), test=True), population, watcher)
     # a module that draws random numbers does so from the member's own state
-    with torch.random.fork_rng(devices=_cuda_devices(population)):
+    with torch.random.fork_rng(devices=cuda_devices(population)):
         torch.manual_seed(generators[0].initial_seed())
         for epoch in range(1, loop.epochs + 1):
             start = time.perf_counter()
-            sums = _run_epoch(epoch, population, splits, loop, generators, optimizer, step, watcher)
-            row = _measure(epoch, population, splits, start, test=select, sums=sums, lr=_lr(optimizer))
+            sums = _run_epoch(epoch, population, loop, generators, step, watcher)
+            row = _measure(epoch, population, splits, start, test=select, sums=sums, lr=step.rate)
             memory.add(row, population, watcher)
             if memory.all_diverged:
                 break
     return memory.trained()
 
 
-def _leaves(population: Population) -> Population:
-    """A copy whose parameters are leaves; those that are not frozen record gradients."""
-    arrange = _arrangement(population)
-    population = population.clone()
-    population = replace(population, parameters={name: arrange(p) for name, p in population.parameters.items()})
-    for parameter in population.trainable.values():
-        parameter.requires_grad_()
-    return population
-
-
-def try_step(population: Population, splits: Splits, loop: Loop) -> None:
-    """Raises what a training step would raise on two images; changes nothing."""
-    population = _leaves(population)
-    objective = over_members(_member_objective(population.module.train(), loop, None), population.num_members, (0,) * 5)
-    order = torch.zeros(population.num_members, 2, dtype=torch.long)
-    batch = next(splits.train.batches(order, 2))
-    images = _arrangement(population)(splits.scale(batch.images))
-    with torch.random.fork_rng(devices=_cuda_devices(population)):
-        losses, _ = objective(population.parameters, population.buffers, {}, images, batch.labels)
-        losses.sum().backward()
-
-
 def _run_epoch(
     epoch: int,
     population: Population,
-    splits: Splits,
     loop: Loop,
     generators: list[torch.Generator],
-    optimizer: torch.optim.Optimizer,
-    step: Callable[[Images], Tensor],
+    step: Step,
     watcher: Watcher,
 ) -> Tensor:
     """One pass over train, every member in an order of its own; mean loss, penalty and objective [3, members]."""
     population.module.train()
-    order = torch.stack([torch.randperm(len(splits.train), generator=generator) for generator in generators])
-    sums = torch.zeros(3, population.num_members, device=_device(population))
-    num_batches = count_batches(len(splits.train), loop.batch_size)
-    for index, batch in enumerate(splits.train.batches(order, loop.batch_size)):
-        for group in optimizer.param_groups:
-            group["lr"] = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)
-        sums += step(batch) * batch.labels.shape[1]
+    num_images = len(step.train)
+    order = torch.stack([torch.randperm(num_images, generator=generator) for generator in generators])
+    sums = torch.zeros(3, population.num_members, device=population.device)
+    num_batches = count_batches(num_images, loop.batch_size)
+    for index, batch in enumerate(step.batches(order, loop.batch_size)):
+        step.rate = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)
+        sums += step(*batch) * batch[-1].shape[1]
         watcher.batch()
-    return sums / len(splits.train)
-
-
-def _step(
-    population: Population, splits: Splits, loop: Loop, penalty: Penalty | None, optimizer: torch.optim.Optimizer
-) -> Callable[[Images], Tensor]:
-    """The function that takes one optimizer step on a batch and returns [3, members], as `_run_epoch`."""
-    module = population.module
-    objective = over_members(_member_objective(module, loop, penalty), population.num_members, (0,) * 5)
-    numbers = {} if penalty is None else penalty.numbers
-    masks = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
-    masked = [(parameter, masks[name]) for name, parameter in population.trainable.items() if name in masks]
-    arrange = _arrangement(population)
-
-    def step(batch: Images) -> Tensor:
-        images = arrange(splits.scale(batch.images))
-        losses, penalties = objective(population.parameters, population.buffers, numbers, images, batch.labels)
-        total = losses if penalty is None else losses + penalty.decay * penalties
-        optimizer.zero_grad()
-        total.sum().backward()  # no member's gradient depends on another's loss
-        held = [(parameter.grad, mask) for parameter, mask in masked if parameter.grad is not None]
-        if held:
-            torch._foreach_mul_(*map(list, zip(*held)))
-        optimizer.step()
-        return torch.stack([losses, penalties, total]).detach()
-
-    return step
-
-
-def _member_objective(module: nn.Module, loop: Loop, penalty: Penalty | None) -> Callable[..., tuple[Tensor, Tensor]]:
-    """One member's cross-entropy and penalty, as a function of all that may differ between members."""
-
-    def objective(
-        parameters: Tensors, buffers: Tensors, numbers: Tensors, images: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        outputs = _outputs(module, parameters, buffers, images, loop.precision)
-        loss = F.cross_entropy(outputs.float(), labels)
-        value = penalty.function(parameters, **numbers) if penalty else torch.zeros_like(loss)
-        return loss, value
-
-    return objective
-
-
-def _outputs(
-    module: nn.Module, parameters: Tensors, buffers: Tensors, images: Tensor, precision: torch.dtype
-) -> Tensor:
-    """One member's outputs [batch, classes]; below float32, only the forward pass is in that precision."""
-    with torch.autocast(images.device.type, dtype=precision, enabled=precision is not torch.float32):
-        return functional_call(module, (parameters, buffers), (images,))
+    return sums / num_images
 
 
 def evaluate(population: Population, data: Images | Files, splits: Splits) -> list[float]:
@@ -207,11 +126,11 @@ def evaluate(population: Population, data: Images | Files, splits: Splits) -> li
     module = population.module.eval()
 
     def correct(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
-        return (functional_call(module, (parameters, buffers), (images,)).argmax(1) == labels).sum()
+        return (outputs(module, parameters, buffers, images, torch.float32).argmax(1) == labels).sum()
 
     counted = over_members(correct, population.num_members, (0, 0, None, None))
-    arrange = _arrangement(population)
-    total = torch.zeros(population.num_members, dtype=torch.long, device=_device(population))
+    arrange = arrangement(population)
+    total = torch.zeros(population.num_members, dtype=torch.long, device=population.device)
     with torch.no_grad():
         for batch in data.batches(torch.arange(len(data)).unsqueeze(0), EVALUATION_BATCH):
             images = arrange(splits.scale(batch.images)).squeeze(0)
@@ -258,7 +177,7 @@ class _Memory:
         """Takes note of an epoch and of the state after it."""
         self._note_divergence(row, population)
         alive = torch.tensor([epoch is None for epoch in self.diverged])
-        self.last = choose(alive.to(_device(population)), population.map(Tensor.detach), self.last)  # a copy
+        self.last = choose(alive.to(population.device), population.map(Tensor.detach), self.last)  # a copy
         self._note_best(row, alive)
         self.history.append(row)
         watcher.epoch(row)
@@ -279,7 +198,7 @@ class _Memory:
         validation = torch.tensor(row.validation)
         better = alive & (validation > self.best)
         self.best = torch.where(better, validation, self.best)
-        self.selected = choose(better.to(_device(self.last)), self.last, self.selected)
+        self.selected = choose(better.to(self.last.device), self.last, self.selected)
         for member in better.nonzero().flatten().tolist():
             self.selected_epoch[member] = row.epoch
 
@@ -287,36 +206,3 @@ class _Memory:
         """The outcome."""
         selected, epochs = (self.selected, self.selected_epoch) if self.select else (self.last, None)
         return Trained(self.last, selected, epochs, self.diverged, self.history)
-
-
-def _arrangement(population: Population) -> Callable[[Tensor], Tensor]:
-    """How [members, batch, …] lies in memory: channels last, which is faster, for one member's 2-d convolutions."""
-    convolves = any(isinstance(part, nn.Conv2d) for part in population.module.modules())
-    return channels_last if population.num_members == 1 and convolves else lambda images: images
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    """A tensor [1, n, channels, height, width] with its channels last in memory, and any other as it is.
-
-    Of one channel, torch takes both orders for the same and would go on with channels first: the strides say it here.
-    """
-    if tensor.ndim != 5:
-        return tensor
-    _, count, channels, height, width = tensor.shape
-    if channels > 1:
-        return tensor.squeeze(0).contiguous(memory_format=torch.channels_last).unsqueeze(0)
-    strides = (count * height * width, height * width, 1, width, 1)
-    return tensor.contiguous().as_strided(tensor.shape, strides)
-
-
-def _device(population: Population) -> torch.device:
-    return next(iter(population.parameters.values())).device
-
-
-def _cuda_devices(population: Population) -> list[torch.device]:
-    device = _device(population)
-    return [device] if device.type == "cuda" else []
-
-
-def _lr(optimizer: torch.optim.Optimizer) -> float:
-    return optimizer.param_groups[0]["lr"]

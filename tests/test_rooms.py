@@ -9,8 +9,9 @@ from conftest import ROOT
 
 LEVELS = [
     {"errors", "kinds", "tensors", "front"},
-    {"models", "data", "regularizers", "pruning", "schedules", "graph"},
+    {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},
+    {"step"},
     {"training", "accounting"},
     {"stages", "config", "results", "console", "store"},
     {"experiment"},

@@ -179,10 +179,11 @@ class Record:
     def _computed_together(self, stage: str, members: list[Member]) -> dict[str, Kept]:
         start = time.perf_counter()
         before = join([member.population for member in members])
-        after, notes = _run_stage(stage, before, self.parts.take([self.members.index(member) for member in members]))
+        parts = self.parts.take([self.members.index(member) for member in members])
+        after, notes = _run_stage(stage, before, parts)
         seconds = time.perf_counter() - start
         for note, accuracy in zip(notes, self._measure(after)):
-            note.update(accuracy=accuracy, seconds=seconds, **self._circumstances(len(members)))
+            note.update(accuracy=accuracy, seconds=seconds, **_circumstances(stage, parts))
         computed = {}
         for index, (member, note) in enumerate(zip(members, notes)):
             kept = computed[member.keys[stage].key] = Kept(_tensors(after, index), note)
@@ -190,10 +191,6 @@ class Record:
             if self.store is not None and note.get("diverged") is None:
                 self.store.keep(stage, *_named(member.keys[stage]), kept=kept)
         return computed
-
-    def _circumstances(self, num_members: int) -> dict[str, Any]:
-        """What a stage was computed with that its key leaves out."""
-        return {"threads": torch.get_num_threads(), "torch": torch.__version__, "members": num_members}
 
     def _measure(self, population: Population) -> list[dict[str, float | None]]:
         """Validation and test accuracy of every member as it is now."""
@@ -328,6 +325,12 @@ def _run_stage(stage: str, before: Population, parts: Ingredients) -> tuple[Popu
         for member in members
     ]
     return trained.selected, notes
+
+
+def _circumstances(stage: str, parts: Ingredients) -> dict[str, Any]:
+    """What a stage was computed with that its key leaves out."""
+    way = parts.loops[stage].way if stage in parts.loops else None
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "members": len(parts.seeds), "step": way}
 
 
 def _row(epoch: Epoch, member: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ log = logging.getLogger("sparsity")
 RESULT, SWEEP = "result.json", "sweep.json"
 HYDRA = ".hydra"  # the folder that Hydra leaves in every job's folder
 SIZES = {"compression": "compression.weights", "macs": "macs.pruned", "nonzero": "nonzero.weights"}
-WITHOUT_EFFECT = ("plots", "threads")  # settings that change no result
+WITHOUT_EFFECT = ("plots", "step", "threads")  # settings that change no result
 
 
 @dataclass(frozen=True)

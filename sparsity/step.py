@@ -1,0 +1,278 @@
+"""One optimizer step of a population, as three functions of tensors that can be recorded and replayed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from sparsity.capture import Function, Replayed, Way
+from sparsity.data import Splits, cut, lies_on
+from sparsity.population import Population, over_members
+from sparsity.tensors import Tensors
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """decay · penalty, to be added to the loss; what may differ between members is a tensor [members]."""
+
+    function: Callable[..., Tensor]  # one member's parameters, and its numbers by keyword, to a scalar
+    decay: Tensor
+    numbers: Tensors
+
+
+class Step:
+    """Remembers what it has recorded: takes the arguments of a batch, moves the parameters, gives [3, members].
+
+    The rows are mean cross-entropy, penalty, and what is minimised: loss + decay · penalty.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        splits: Splits,
+        penalty: Penalty | None,
+        optimizer: Callable[[list[Tensor]], torch.optim.Optimizer],
+        *,
+        precision: torch.dtype = torch.float32,
+        way: Way = "eager",
+    ):
+        """population: its parameters are leaves that record gradients; way: how the step is computed."""
+        self.train, self.device = splits.train, population.device
+        self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
+        moved = _moved(population, splits, penalty, precision)
+        self.optimizer = optimizer(list(moved.values()))
+        if not can_be_recorded(self.optimizer):
+            way = "eager"
+        if way != "eager":
+            _let_record(self.optimizer, self.device)
+        functions = [
+            _gradients(population, splits, precision, moved),
+            _penalised(population, penalty, moved),
+            _update(self.optimizer, moved),
+        ]
+        self.whole = _replayed([self._gather, *functions] if self.gathers else functions, way, population)
+
+    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
+        """The arguments of every step of an epoch, in the members' orders [members, n]."""
+        if self.gathers:
+            yield from ((index,) for index in cut(order.to(self.device), batch_size))
+        else:
+            yield from ((batch.images, batch.labels) for batch in self.train.batches(order, batch_size))
+
+    def __call__(self, *arguments: Tensor) -> Tensor:
+        """Takes the step on one batch."""
+        return self.whole(*arguments)[0]
+
+    def _gather(self, index: Tensor) -> list[Tensor]:
+        return [self.train.images[index], self.train.labels[index]]
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    @rate.setter
+    def rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+
+def try_step(population: Population, splits: Splits, precision: torch.dtype) -> None:
+    """Raises what a training step would raise on two images; changes nothing."""
+    _moved(leaves(population), splits, None, precision)
+
+
+def leaves(population: Population) -> Population:
+    """A copy whose parameters are leaves, as they are best laid out; those that are not frozen record gradients."""
+    arrange = arrangement(population)
+    population = population.clone()
+    population = replace(population, parameters={name: arrange(p) for name, p in population.parameters.items()})
+    for parameter in population.trainable.values():
+        parameter.requires_grad_()
+    return population
+
+
+# --- the three functions: each takes what the one before gives -------------------------------------------------------
+
+
+def _gradients(population: Population, splits: Splits, precision: torch.dtype, moved: Tensors) -> Function:
+    """Images and labels [members, batch, …] to the members' cross-entropy [members] and its gradients."""
+    losses_of = _losses(population, splits, precision)
+
+    def gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            losses = losses_of(population.buffers, images, labels)
+            # no member's gradient depends on another's loss
+            found = torch.autograd.grad(losses.sum(), list(moved.values()), materialize_grads=True)
+        return [losses.detach(), *found]
+
+    return gradients
+
+
+def _penalised(population: Population, penalty: Penalty | None, moved: Tensors) -> Function:
+    """Losses and gradients to the three rows and what the optimizer gets: decay · penalty added, the masked held."""
+    masks = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
+    penalties_of, touched = _penalties(population, penalty), {}
+    if penalty is not None:
+        touched = _reached(penalties_of().sum(), moved)
+
+    def penalised(losses: Tensor, *gradients: Tensor) -> list[Tensor]:
+        found, rows = dict(zip(moved, gradients)), [losses, torch.zeros_like(losses), losses]
+        if penalty is not None:
+            with torch.enable_grad():
+                penalties = penalties_of()
+                weighted = penalty.decay * penalties
+                own = torch.autograd.grad(weighted.sum(), list(touched.values())) if touched else ()
+            found |= {name: found[name] + gradient for name, gradient in zip(touched, own)}
+            rows = [losses, penalties.detach(), losses + weighted.detach()]
+        return [torch.stack(rows), *(found[name] * masks[name] if name in masks else found[name] for name in moved)]
+
+    return penalised
+
+
+def _update(optimizer: torch.optim.Optimizer, moved: Tensors) -> Function:
+    """The rows and gradients to the rows alone, the parameters moved."""
+    take = partial(getattr(type(optimizer).step, "__wrapped__", type(optimizer).step), optimizer)  # without a profiler
+
+    def update(rows: Tensor, *gradients: Tensor) -> list[Tensor]:
+        for parameter, gradient in zip(moved.values(), gradients):
+            parameter.grad = _laid_like(parameter, gradient)
+        take()
+        return [rows]
+
+    return update
+
+
+def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in its parameter's memory order, in which fused optimizers read both."""
+    axes = zip(parameter.shape, parameter.stride(), gradient.stride())
+    is_laid = all(size == 1 or one == other for size, one, other in axes)
+    return gradient if is_laid else torch.empty_like(parameter).copy_(gradient)
+
+
+def _losses(population: Population, splits: Splits, precision: torch.dtype) -> Function:
+    """The members' cross-entropy [members], as a function of their buffers and a batch of raw images and labels."""
+    module, arrange = population.module, arrangement(population)
+
+    def loss(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs(module, parameters, buffers, images, precision).float(), labels)
+
+    mapped = over_members(loss, population.num_members, (0,) * 4)
+    return lambda buffers, images, labels: mapped(population.parameters, buffers, arrange(splits.scale(images)), labels)
+
+
+def _penalties(population: Population, penalty: Penalty | None) -> Function:
+    """The members' penalties [members]."""
+    if penalty is None:
+        return lambda: torch.zeros(population.num_members, device=population.device)
+    one = over_members(lambda tensors, numbers: penalty.function(tensors, **numbers), population.num_members, (0, 0))
+    return lambda: one(population.parameters, penalty.numbers)
+
+
+def _moved(population: Population, splits: Splits, penalty: Penalty | None, precision: torch.dtype) -> Tensors:
+    """The trainable parameters that loss or penalty depend on, found on two images of which nothing stays."""
+    population.module.train()
+    batch = next(splits.train.batches(torch.zeros(population.num_members, 2, dtype=torch.long), 2))
+    buffers = {name: buffer.clone() for name, buffer in population.buffers.items()}
+    with torch.random.fork_rng(devices=cuda_devices(population)):
+        losses = _losses(population, splits, precision)(buffers, batch.images, batch.labels)
+        return _reached((losses + _penalties(population, penalty)()).sum(), population.trainable)
+
+
+def _reached(value: Tensor, tensors: Tensors) -> Tensors:
+    """The tensors that a value depends on."""
+    if not value.requires_grad:
+        return {}
+    found = torch.autograd.grad(value, list(tensors.values()), allow_unused=True)
+    return {name: tensor for (name, tensor), gradient in zip(tensors.items(), found) if gradient is not None}
+
+
+# --- how they are computed -------------------------------------------------------------------------------------------
+
+
+def _replayed(functions: Sequence[Function], way: Way, population: Population) -> Function:
+    """The functions one after the other, recorded in the pieces that are best for it."""
+    if way == "eager":
+        return _chain(functions)
+    if population.device.type == "cuda":
+        return Replayed(_chain(functions), way, population.device)
+    *before, last = functions
+    # the compiler's convolutions are slower than those that it replaces, and it has nothing to gain on the optimizer
+    pieces = [([each], "recorded" if index == 0 else way) for index, each in enumerate(before)]
+    if not convolves(population):
+        pieces = [(before, way)]
+    pieces.append(([last], "recorded"))
+    return _chain([Replayed(_chain(piece), own, population.device) for piece, own in pieces])
+
+
+def _chain(functions: Sequence[Function]) -> Function:
+    """The functions one after the other."""
+    if len(functions) == 1:
+        return functions[0]
+
+    def chain(*arguments: Tensor) -> list[Tensor]:
+        for function in functions:
+            arguments = function(*arguments)
+        return arguments
+
+    return chain
+
+
+def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer's step is the same operations every time: torch's fused ones."""
+    return all(group.get("fused") for group in optimizer.param_groups)
+
+
+def _let_record(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Makes the learning rate a tensor, so that a recorded step reads it anew."""
+    # a GPU's fused kernels read float32, a CPU's take the number from the tensor, whatever its type
+    kind = torch.float32 if device.type == "cuda" else torch.float64
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=kind, device=device)
+        if "capturable" in group and device.type == "cuda":
+            group["capturable"] = True
+
+
+# --- the forward pass, and how tensors lie in memory -----------------------------------------------------------------
+
+
+def outputs(module: nn.Module, parameters: Tensors, buffers: Tensors, images: Tensor, precision: torch.dtype) -> Tensor:
+    """One member's outputs [batch, classes]; below float32, only the forward pass is in that precision."""
+    with torch.autocast(images.device.type, dtype=precision, enabled=precision is not torch.float32):
+        return functional_call(module, (parameters, buffers), (images,))
+
+
+def arrangement(population: Population) -> Callable[[Tensor], Tensor]:
+    """How [members, batch, …] lies in memory: channels last, which is faster, for one member's 2-d convolutions."""
+    return channels_last if population.num_members == 1 and convolves(population) else lambda images: images
+
+
+def convolves(population: Population) -> bool:
+    """Whether the network has 2-d convolutions."""
+    return any(isinstance(part, nn.Conv2d) for part in population.module.modules())
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    """A tensor [1, n, channels, height, width] with its channels last in memory, and any other as it is.
+
+    Of one channel, torch takes both orders for the same and would go on with channels first: the strides say it here.
+    """
+    if tensor.ndim != 5:
+        return tensor
+    _, count, channels, height, width = tensor.shape
+    if channels > 1:
+        return tensor.squeeze(0).contiguous(memory_format=torch.channels_last).unsqueeze(0)
+    strides = (count * height * width, height * width, 1, width, 1)
+    return tensor.contiguous().as_strided(tensor.shape, strides)
+
+
+def cuda_devices(population: Population) -> list[torch.device]:
+    """The GPUs whose random state a step may draw from."""
+    return [population.device] if population.device.type == "cuda" else []
