@@ -26,8 +26,8 @@ from sparsity.experiment.parts import (
     load_data,
     machine,
     members_at_a_time,
-    precision_of,
 )
+from sparsity.experiment.precision import precision_of
 from sparsity.experiment.record import Job, Record
 from sparsity.store import Store
 

@@ -20,20 +20,18 @@ from sparsity.capture import Way, is_known
 from sparsity.config import Run
 from sparsity.data import Files, Images, Splits, count_batches, split
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
+from sparsity.experiment.precision import PRECISIONS, precision_of
 from sparsity.graph import Layer
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Ingredients, derived_seed
-from sparsity.step import Penalty, can_be_recorded, try_step
+from sparsity.step import Penalty, can_be_recorded, convolves, try_step
 from sparsity.tensors import Layout, to_view
 from sparsity.training import Loop, train
 from sparsity.weights import fill, read_state
 
 log = logging.getLogger("sparsity")
-
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BFLOAT16_UNITS = ("avx512_bf16", "amx_bf16", "arm_bf16")  # as torch.cpu.get_capabilities names them
 
 
 def device_of(name: str) -> torch.device:
@@ -49,14 +47,6 @@ def device_of(name: str) -> torch.device:
     if device.type == "meta":
         raise ConfigError("device=meta computes nothing: take auto or cpu")
     return device
-
-
-def precision_of(run: Run, device: torch.device) -> str:
-    """The precision of the forward pass; `auto` is bfloat16 on a processor that multiplies it in hardware."""
-    if run.precision != "auto":
-        return run.precision
-    has_units = device.type == "cpu" and any(torch.cpu.get_capabilities().get(unit) for unit in BFLOAT16_UNITS)
-    return "bfloat16" if has_units else "float32"
 
 
 @contextlib.contextmanager
@@ -268,17 +258,21 @@ def _loop(run: Run, stage: str, population: Population, splits: Splits) -> Loop:
 
 
 def way_of(run: Run, population: Population, num_steps: int) -> Way:
-    """How the steps of a stage are computed; `auto` leaves a module alone whose code may depend on values."""
+    """How the steps of a stage are computed; `auto` leaves a module alone whose code may depend on values.
+
+    Convolutions are not compiled: the compiler's own are slower, and what is left of the step gains little.
+    """
     if run.step != "auto":
         return run.step
     if num_steps < WORTH_RECORDING or not is_known(population.module):
         return "eager"
-    return "compiled" if population.device.type == "cpu" and num_steps >= WORTH_COMPILING else "recorded"
+    is_compiled = num_steps >= WORTH_COMPILING and population.device.type == "cpu" and not convolves(population)
+    return "compiled" if is_compiled else "recorded"
 
 
-# Steps of a stage. Recording takes 0.3 s and gains 0.4 ms a step on LeNet-300-100 with HS; compiling gains 0.6 ms more
-# and takes 2 s, or 15 s of a network that the compiler has not met on this machine.
-WORTH_RECORDING, WORTH_COMPILING = 1_000, 20_000
+# Steps of a stage. Recording takes 0.3 s and gains 0.5 ms a step on LeNet-300-100 with HS; compiling gains 0.7 ms more
+# and takes 2 s, or once 15 s on a machine that has not compiled the network before.
+WORTH_RECORDING, WORTH_COMPILING = 1_000, 8_000
 
 
 def _optimizer(run: Run, lr: float, weight_decay: float, tensors: list[Tensor]) -> torch.optim.Optimizer:

@@ -18,7 +18,8 @@ from sparsity.accounting import Report, account
 from sparsity.config import Run
 from sparsity.errors import ConfigError, DivergedError, SparsityError
 from sparsity.experiment.keys import Key
-from sparsity.experiment.parts import owner_of, precision_of
+from sparsity.experiment.parts import owner_of
+from sparsity.experiment.precision import precision_of
 from sparsity.graph import Layer, trace
 from sparsity.population import PARTS, Population, join
 from sparsity.results import plots
