@@ -11,7 +11,7 @@ LEVELS = [
     {"errors", "kinds", "tensors", "front"},
     {"models", "data", "regularizers", "pruning", "schedules", "graph"},
     {"population", "weights"},
-    {"training", "accounting"},
+    {"training", "accounting", "compaction"},
     {"stages", "config", "results", "console", "store"},
     {"experiment"},
     {"sweeper", "callbacks", "launcher"},
