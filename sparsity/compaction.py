@@ -113,6 +113,7 @@ def _with(population: Population, splits: Splits, units: Mapping[str, Axes], pix
         }
         for part in PARTS
     }
+    parts["masks"] = {name: mask for name, mask in parts["masks"].items() if name not in kept or not mask.all()}
     few = [splits.keep(axes[1][0]) for axes in pixels.values()] or [splits]
     return Compacted(replace(population, **parts), few[0], population, kept)
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 from sparsity import models, stages
 from sparsity.compaction import Compacted, compact
 from sparsity.data import Files, Images, Splits
-from sparsity.population import stack
+from sparsity.population import PARTS, stack
 from sparsity.schedules import learning_rate
 from sparsity.training import Loop, Watcher, evaluate
 
@@ -194,8 +194,9 @@ def test_outputs_and_gradients_are_the_same(name, number, share):
         return  # is not stacked
     compacted = compact(population, data)
     assert_same(compacted, data)
-    for part in ("parameters", "buffers", "masks"):
-        before, after = getattr(population, part), getattr(compacted.restore(compacted.population), part)
+    restored = compacted.restore(compacted.population)
+    for part in PARTS:
+        before, after = getattr(population, part), getattr(restored, part)
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
