@@ -51,6 +51,10 @@ class Images:
         index = index.to(self.images.device)
         return Images(self.images[index], self.labels[index])
 
+    def keep(self, pixels: Tensor) -> "Images":
+        """The set with some pixels of each flattened image alone: [n, kept]."""
+        return replace(self, images=self.images.flatten(1)[:, pixels.to(self.images.device)])
+
     def batches(self, order: Tensor, batch_size: int) -> Iterator["Images"]:
         """Batches of [members, batch] images in the members' orders [members, n]."""
         target = self.device or self.images.device
@@ -88,6 +92,11 @@ class Files:
     def take(self, index: Tensor) -> "Files":
         """The files and labels of an index [k]."""
         return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index])
+
+    def keep(self, pixels: Tensor) -> "Files":
+        """The set with some pixels of each flattened image alone."""
+        pixels = pixels.cpu()
+        return replace(self, shape=(len(pixels),), read=lambda path: self.read(path).flatten()[pixels])
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Images]:
         """Batches of [members, batch] images in the members' orders [members, n]; the next is read meanwhile."""
@@ -159,6 +168,18 @@ class Splits:
         """The splits on a device."""
         validation = None if self.validation is None else self.validation.to(device)
         return replace(self, train=self.train.to(device), validation=validation, test=self.test.to(device))
+
+    def keep(self, pixels: Tensor) -> "Splits":
+        """The splits with some pixels [kept] of each flattened image alone, each scaled as before."""
+
+        def numbers(given: list[float] | None) -> list[float] | None:
+            if given is None or len(given) == 1:
+                return given
+            size = torch.Size(self.input_shape[1:]).numel()
+            return [given[pixel // size] for pixel in pixels.tolist()]
+
+        train, validation, test = (part and part.keep(pixels) for part in (self.train, self.validation, self.test))
+        return Splits(train, validation, test, self.num_classes, numbers(self.mean), numbers(self.std))
 
     def scale(self, images: Tensor) -> Tensor:
         """Images [..., channels, *positions] as the network takes them: uint8 to [0, 1], then (x − mean) / std."""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsity.compaction import compact
 from sparsity.data import Splits
 from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
@@ -99,12 +100,22 @@ def prune(population: Population, parts: Ingredients) -> Pruned:
 
 
 def finetune(population: Population, parts: Ingredients) -> Trained:
-    """Training in which every zero weight and bias stays zero; the epoch is selected on validation."""
+    """Training in which every zero weight and bias stays zero; the epoch is selected on validation.
+
+    What this makes dead takes no part in it.
+    """
+    small = compact(_holding_zeros(population), parts.splits)
+    trained = _train("finetune", small.population, replace(parts, splits=small.splits), select=True)
+    return replace(trained, last=small.restore(trained.last), selected=small.restore(trained.selected))
+
+
+def _holding_zeros(population: Population) -> Population:
+    """The population with masks that hold every zero but those of normalisation layers."""
     masks = dict(population.masks)
     for name, parameter in population.parameters.items():
         if population.layouts[name].kind != "normalization" and not parameter.all():
             masks[name] = parameter != 0
-    return _train("finetune", replace(population, masks=masks), parts, select=True)
+    return replace(population, masks=masks)
 
 
 def _train(stage: str, population: Population, parts: Ingredients, **more: Any) -> Trained:

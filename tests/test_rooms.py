@@ -12,7 +12,7 @@ LEVELS = [
     {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},
     {"step"},
-    {"training", "accounting"},
+    {"training", "accounting", "compaction"},
     {"stages", "config", "results", "console", "store"},
     {"experiment"},
     {"sweeper", "callbacks", "launcher"},

@@ -30,7 +30,7 @@ from sparsity.tensors import Tensors
 
 log = logging.getLogger("sparsity")
 
-FORMAT = 1  # of the files and of what a stage computes: raised when either changes, so that old files are not used
+FORMAT = 2  # of the files and of what a stage computes: raised when either changes, so that old files are not used
 METADATA_KEY = "sparsity"
 KEY_LENGTH = 32  # hexadecimal digits
 SUFFIX = ".safetensors"
