@@ -12,16 +12,16 @@ from typing import Any
 
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sparsity import config as schema
-from sparsity.errors import SparsityError, reason
+from sparsity.errors import USER_MISTAKE, SparsityError, reason
 
 log = logging.getLogger("sparsity")
 
 FORMAT = 1  # of sweep.json
 NAME = "{name}"  # in hydra.sweep.dir
-USER_MISTAKE = 2
 IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
 SECONDS_BETWEEN_LOOKS = 2.0  # at the folder, where the members run in other processes
 
@@ -48,6 +48,11 @@ class Sweep(Callback):
         self.progress = Progress(folder, total)
         if config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
             self.progress.watch()
+
+    def on_job_start(self, config: DictConfig, **rest: Any) -> None:
+        """Goes where the sweep was started, so that relative paths mean the same in every process."""
+        if self.progress is None and config.hydra.mode is RunMode.MULTIRUN and not config.hydra.job.chdir:
+            os.chdir(config.hydra.runtime.cwd)
 
     def on_job_end(self, config: DictConfig, **rest: Any) -> None:
         """Says how far the sweep is."""
@@ -146,12 +151,12 @@ def _make(key: str, folder: str) -> Path:
 
 
 def _name_folder(config: DictConfig) -> None:
-    """Puts the sweep's name into `hydra.sweep.dir`, for this process and for the jobs that it sends out."""
+    """Makes `hydra.sweep.dir` a whole path with the sweep's name, for this process and for jobs of others."""
     folder = str(config.hydra.sweep.dir)
-    if NAME not in folder:
-        return
-    folder = folder.replace(NAME, schema.sweep_name(config))
-    with read_write(config), open_dict(config):
+    if NAME in folder:
+        folder = folder.replace(NAME, schema.sweep_name(config))
+    folder = os.path.abspath(folder)
+    with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweep.dir = folder
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={QuotedString(folder, Quote.double).with_quotes()}")
 

@@ -194,14 +194,16 @@ def swept_keys(overrides: Sequence[str]) -> list[str]:
 
 
 def count_members(overrides: Sequence[str]) -> int | None:
-    """The number of jobs of a grid; None where an override is no list of values."""
-    number = 1
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                return None
-            number *= len(list(override.sweep_string_iterator()))
-    return number
+    """The number of jobs of a grid; None where an override is no list of values. Of equal keys the last one holds."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    swept = [
+        override
+        for override in {each.get_key_element(): each for each in parsed}.values()
+        if override.is_sweep_override()
+    ]
+    if not all(override.is_discrete_sweep() for override in swept):
+        return None
+    return math.prod(len(list(override.sweep_string_iterator())) for override in swept)
 
 
 def _key(override: str) -> str:

@@ -282,7 +282,7 @@ class Record:
             "keys": {stage: key.key for stage, key in member.keys.items()},
             "warnings": member.warnings,
             "overrides": list(member.job.overrides),
-            "environment": results.environment(self.device, precision_of(run, self.device)),
+            "environment": results.environment(self.device, precision_of(run, self.device), member.job.overrides),
             "config": member.job.config,
         }
 
