@@ -11,11 +11,11 @@ from sparsity.results.pareto import (
     LABELS,
     LOG_SPAN,
     MARKERS,
-    MAX_TICKS,
     NUM_SHADES,
     PUBLISHED_KINDS,
     Colours,
     View,
+    bar_ticks,
     category,
     label,
     notes,
@@ -124,7 +124,7 @@ def _colour_scale(colours: Colours) -> dict[str, Any]:
     shade = shades()
     scale = [[step / (NUM_SHADES - 1), to_hex(shade(step))] for step in range(NUM_SHADES)]
     place = math.log10 if colours.is_log else float
-    ticks = colours.categories[:: math.ceil(len(colours.categories) / MAX_TICKS)]
+    ticks = bar_ticks(colours)
     bar = {"title": {"text": colours.key, "side": "top"}, "tickvals": [*map(place, ticks)], "thickness": 14}
     bar["ticktext"] = [f"{value:g}" for value in ticks]
     return {"color": [*map(place, colours.values)], "colorscale": scale, "colorbar": bar}
