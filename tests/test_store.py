@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
-import time
+import threading
 
 import pytest
 import torch
@@ -100,17 +100,11 @@ def test_a_lock_is_waited_for_and_dies_with_its_owner(tmp_path, caplog):
     owner.start()
     assert held.wait(60)
     os.kill(owner.pid, signal.SIGSTOP)  # neither ends nor lets go
-    alarm = context.Process(target=_kill_later, args=(owner.pid,))
-    alarm.start()
+    threading.Timer(0.5, os.kill, (owner.pid, signal.SIGKILL)).start()
     with caplog.at_level("INFO"), Store(tmp_path).claim("pretrain", [KEY]):
         assert not owner.is_alive()
     assert "waits for another process" in caplog.text
-    owner.join(), alarm.join()
-
-
-def _kill_later(pid):
-    time.sleep(0.5)
-    os.kill(pid, signal.SIGKILL)
+    owner.join()
 
 
 def test_a_finished_stage_leaves_no_lock(tmp_path):

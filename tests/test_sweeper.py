@@ -267,6 +267,15 @@ def test_the_failure_rate_can_end_it(searching):
         searching("hydra.sweeper.max_failure_rate=0.3", answer=failing(RuntimeError("no"), {1}))
 
 
+def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch):
+    def full(self, study, batch, overrides):
+        raise optuna.exceptions.StorageInternalError from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Search, "_launch", full)
+    with pytest.raises(ConfigError, match=r"storage=.* cannot be written \(.*No space left.*the same command goes on"):
+        searching()
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -364,6 +373,7 @@ def test_a_sweep_is_named_by_what_it_is():
 def test_members_of_a_grid_are_counted():
     assert config.count_members(["reg.decay=1,2,3", "sensitivity=range(0,4)", "seed=1"]) == 12
     assert config.count_members(["reg.decay=interval(0,1)"]) is None
+    assert config.count_members(["seed=0,1", "seed=0,1,2"]) == 3
     assert config.swept_keys(["reg.decay=1,2", "seed=1", "+a=choice(1,2)", "model.factory.hidden=[1,2]"]) == [
         "reg.decay",
         "a",
