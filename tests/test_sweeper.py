@@ -161,6 +161,7 @@ def test_every_rule_can_be_searched(name, searching):
 def test_objectives_and_their_directions(searching):
     _, study = searching("objectives=[accuracy,macs]", n_trials=1)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.metric_names == ["accuracy", "macs"]
     _, study = searching(
         "objectives=[nonzero]", "hydra.sweeper.storage=sqlite:///deep/one.db", answer=lambda _: (5.0,), n_trials=1
     )

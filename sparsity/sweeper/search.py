@@ -147,6 +147,9 @@ class Search(OptunaSweeperImpl):
         }
         _check_same(study, asked, self.storage)
         study.set_user_attr("asked", asked)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(asked["objectives"])  # what a dashboard shows
         return study
 
     def _say_where_it_is(self, study: optuna.Study) -> None:
