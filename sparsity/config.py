@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -190,18 +192,20 @@ def sweep_name(composed: DictConfig) -> str:
 
 def swept_keys(overrides: Sequence[str]) -> list[str]:
     """The keys that overrides give several values or a range."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
+    return [override.get_key_element().lstrip("+") for override in _parsed(overrides) if override.is_sweep_override()]
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's grammar; while Hydra runs, it knows the choices that a glob stands for."""
+    running = GlobalHydra.instance()
+    loader = running.config_loader() if running.is_initialized() else None
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def count_members(overrides: Sequence[str]) -> int | None:
     """The number of jobs of a grid; None where an override is no list of values. Of equal keys the last one holds."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    swept = [
-        override
-        for override in {each.get_key_element(): each for each in parsed}.values()
-        if override.is_sweep_override()
-    ]
+    last = {override.get_key_element(): override for override in _parsed(overrides)}
+    swept = [override for override in last.values() if override.is_sweep_override()]
     if not all(override.is_discrete_sweep() for override in swept):
         return None
     return math.prod(len(list(override.sweep_string_iterator())) for override in swept)
@@ -212,7 +216,7 @@ def check_sweep(composed: DictConfig) -> None:
     own = composed.hydra
     _check_objectives(check("objectives", _plain(composed)["objectives"], Objectives))
     if own.runtime.choices["hydra/sweeper"] == "basic":
-        for override in OverridesParser.create().parse_overrides(list(own.overrides.task)):
+        for override in _parsed(own.overrides.task):
             if override.is_sweep_override() and not override.is_discrete_sweep():
                 raise ConfigError(
                     f"{override.input_line} is a range, which a search draws from: add search=pareto, or list values"

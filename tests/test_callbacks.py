@@ -4,6 +4,8 @@ import os
 import types
 
 import pytest
+from conftest import ROOT
+from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -60,6 +62,12 @@ def test_a_sweep_that_no_member_could_run_in(overrides, line, tmp_path, monkeypa
         Sweep().on_multirun_start(multirun("seed=0,1", *overrides))
     said = capsys.readouterr().err
     assert end.value.code == 2 and said.startswith(line) and said.count("\n") == 1
+
+
+def test_a_glob_stands_for_choices(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with initialize_config_dir(config_dir=str(ROOT / "conf")):
+        assert config.count_members(["reg=glob(*hs)", "seed=0,1"]) == 2 * len(["group_hs", "hs"])
 
 
 def test_folders_are_whole_paths_for_all_processes(sweep, tmp_path):
