@@ -1,5 +1,6 @@
 """The store: keys follow what determines a stage, files are whole or set aside, a stage is computed once."""
 
+import functools
 import json
 import multiprocessing
 import os
@@ -176,6 +177,7 @@ def keys():
     from sparsity import config
     from sparsity.experiment import load_data, precision_of, stage_keys
 
+    @functools.cache
     def keys(*overrides):
         composed, _ = config.compose(["data=digits", "schedule=smoke", "precision=float32", *SMALL, *overrides])
         run = config.read(composed)

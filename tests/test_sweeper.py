@@ -324,7 +324,7 @@ def test_nothing_to_search(searching):
             r"searches sensitivity in tag\(log, interval\(0.01, 1\)\), asked is interval",
         ),
         ("reg.decay=0.1", "searches reg.decay in .*, asked is no range"),
-        ("objectives=[accuracy,macs]", "has objectives="),
+        pytest.param("objectives=[accuracy,macs]", "has objectives=", marks=pytest.mark.slow),
         ("seed=1", "was made for"),
     ],
 )
