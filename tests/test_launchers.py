@@ -41,7 +41,8 @@ def sweep(folder, *arguments, **environment):
     """A sweep as it is typed in a folder."""
     folder.mkdir()
     path = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
+    environment = {**inherited, "PYTHONPATH": path, **environment}
     command = [sys.executable, str(ROOT / "main.py"), "-m", *MLP, *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -99,8 +100,7 @@ def test_threads_are_shared(name, tmp_path):
     needs(name)
     more = [f"hydra/launcher={name}", *([] if name == "ray" else ["hydra.launcher.n_jobs=-1"])]
     arguments = ("stages=[pretrain]", "seed=0,1", "hydra.sweep.dir=sweep", "store=null")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("OMP_")}
-    done = sweep(tmp_path / "grid", *arguments, *more, **environment)
+    done = sweep(tmp_path / "grid", *arguments, *more)
     assert done.returncode == 0, done.stderr
     for path in (tmp_path / "grid" / "sweep").glob("*/result.json"):
         assert json.loads(path.read_text())["environment"]["threads"] == 1
