@@ -13,9 +13,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sparsity import config
-from sparsity.errors import SparsityError
+from sparsity.errors import USER_MISTAKE, SparsityError
 
-USER_MISTAKE, INTERRUPTED = 2, 130
+INTERRUPTED = 130  # the exit status
 
 config.register()
 TRUST = config.admitted(sys.argv[1:])  # before Hydra composes, so that no YAML has a say in it

@@ -5,23 +5,26 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
+import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sparsity import config as schema
-from sparsity.errors import SparsityError, reason
+from sparsity.errors import USER_MISTAKE, SparsityError, reason
 
 log = logging.getLogger("sparsity")
 
 FORMAT = 1  # of sweep.json
 NAME = "{name}"  # in hydra.sweep.dir
-USER_MISTAKE = 2
 IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
 SECONDS_BETWEEN_LOOKS = 2.0  # at the folder, where the members run in other processes
 
@@ -41,13 +44,24 @@ class Sweep(Callback):
         _make("hydra.run.dir", config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **rest: Any) -> None:
-        """Names the sweep's folder and writes down what is swept."""
+        """Names the sweep's folder and writes down what is swept; refuses what no member could run with."""
+        try:
+            schema.check_sweep(config)
+        except SparsityError as error:
+            _refuse(str(error), error)
         _name_folder(config)
         folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
+        if config.store is not None and "store" not in schema.swept_keys(config.hydra.overrides.task):
+            _make("store", config.store)
         total = _write_sweep(folder, config)
         self.progress = Progress(folder, total)
         if config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
             self.progress.watch()
+
+    def on_job_start(self, config: DictConfig, **rest: Any) -> None:
+        """Goes where the sweep was started, so that relative paths mean the same in every process."""
+        if self.progress is None and config.hydra.mode is RunMode.MULTIRUN and not config.hydra.job.chdir:
+            os.chdir(config.hydra.runtime.cwd)
 
     def on_job_end(self, config: DictConfig, **rest: Any) -> None:
         """Says how far the sweep is."""
@@ -59,6 +73,15 @@ class Sweep(Callback):
         if self.progress is None:
             return
         self.progress.stop()
+        error = sys.exc_info()[1]  # what ends the sweep, if it does not end by itself
+        if self.progress.has_moved or not isinstance(error, SystemExit | HydraException):
+            self._show()
+        if error is not None and (isinstance(error, HydraException) or _is_of_launcher(error)):
+            own = config.hydra.runtime.choices["hydra/launcher"]
+            _refuse(f"hydra/launcher={own}: {reason(error)}" if _is_of_launcher(error) else schema.said(error), error)
+
+    def _show(self) -> None:
+        """The summary, as files and on the terminal."""
         from sparsity.results import sweeps, table
 
         try:
@@ -76,6 +99,11 @@ class Progress:
         self.ended = self.ended_before = sum(1 for _ in _ended(folder))
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether a member has ended since the start."""
+        return sum(1 for _ in _ended(self.folder)) > self.ended_before
 
     def watch(self) -> None:
         """Looks at the folder from time to time, where the members run in other processes."""
@@ -136,22 +164,41 @@ def _ended(folder: Path) -> Any:
 
 
 def _make(key: str, folder: str) -> Path:
+    """A folder that can be written, or the end of the program."""
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        print(f"{key}={folder} cannot be made: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(USER_MISTAKE) from error
+        remedy = ", or store=null to keep no stages" if key == "store" else ""
+        _refuse(f"{key}={folder} cannot be written ({error.strerror or error}): name another folder{remedy}", error)
     return path
 
 
+def _refuse(line: str, error: BaseException) -> NoReturn:
+    """Ends the program with one line, or with the whole error where the user asks for it."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        traceback.print_exception(error)
+    print(line, file=sys.stderr)
+    raise SystemExit(USER_MISTAKE) from error
+
+
+def _is_of_launcher(error: BaseException) -> bool:
+    """Whether an error came up in somebody else's launcher, and not in a member."""
+    if isinstance(error, SparsityError | SystemExit | KeyboardInterrupt):
+        return False
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return any(name.startswith("hydra_plugins.") and "launcher" in name for name in modules)
+
+
 def _name_folder(config: DictConfig) -> None:
-    """Puts the sweep's name into `hydra.sweep.dir`, for this process and for the jobs that it sends out."""
+    """Makes `hydra.sweep.dir` a whole path with the sweep's name, for this process and for jobs of others."""
     folder = str(config.hydra.sweep.dir)
-    if NAME not in folder:
-        return
-    folder = folder.replace(NAME, schema.sweep_name(config))
-    with read_write(config), open_dict(config):
+    if NAME in folder:
+        folder = folder.replace(NAME, schema.sweep_name(config))
+    folder = os.path.abspath(folder)
+    with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweep.dir = folder
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={QuotedString(folder, Quote.double).with_quotes()}")
 

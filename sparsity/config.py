@@ -15,7 +15,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -30,6 +32,7 @@ STAGES = ("pretrain", "regularize", "prune", "finetune")
 TRUSTED = ("sparsity.*", "torch.optim.*")  # Hydra's patterns for what a config may call
 
 Kinds = list[Literal["weight", "bias", "normalization"]]
+Objectives = list[Literal[tuple(OBJECTIVES)]]
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,7 @@ class Run:
     sensitivity: float
     plots: bool
     store: str | None  # the folder of finished stages
-    objectives: list[Literal[tuple(OBJECTIVES)]]
+    objectives: Objectives
     trust: list[str]
     name: dict[str, str]  # the choice made in each group, for people
 
@@ -190,19 +193,41 @@ def sweep_name(composed: DictConfig) -> str:
 
 def swept_keys(overrides: Sequence[str]) -> list[str]:
     """The keys that overrides give several values or a range."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    return [override.get_key_element().lstrip("+") for override in parsed if override.is_sweep_override()]
+    return [override.get_key_element().lstrip("+") for override in _parsed(overrides) if override.is_sweep_override()]
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's grammar; while Hydra runs, it knows the choices that a glob stands for."""
+    running = GlobalHydra.instance()
+    loader = running.config_loader() if running.is_initialized() else None
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def count_members(overrides: Sequence[str]) -> int | None:
-    """The number of jobs of a grid; None where an override is no list of values."""
-    number = 1
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        if override.is_sweep_override():
-            if not override.is_discrete_sweep():
-                return None
-            number *= len(list(override.sweep_string_iterator()))
-    return number
+    """The number of jobs of a grid; None where an override is no list of values. Of equal keys the last one holds."""
+    last = {override.get_key_element(): override for override in _parsed(overrides)}
+    swept = [override for override in last.values() if override.is_sweep_override()]
+    if not all(override.is_discrete_sweep() for override in swept):
+        return None
+    return math.prod(len(list(override.sweep_string_iterator())) for override in swept)
+
+
+def check_sweep(composed: DictConfig) -> None:
+    """Refuses a sweep whose members would all be refused; composed: the config of a multirun, with `hydra` in it."""
+    own = composed.hydra
+    _check_objectives(check("objectives", _plain(composed)["objectives"], Objectives))
+    if own.runtime.choices["hydra/sweeper"] == "basic":
+        for override in _parsed(own.overrides.task):
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise ConfigError(
+                    f"{override.input_line} is a range, which a search draws from: add search=pareto, or list values"
+                )
+
+
+def _check_objectives(names: Sequence[str]) -> None:
+    if len(names) != len(set(names)) or not names:
+        shown = _shown(list(names))
+        raise ConfigError(f"objectives must name each objective once, of {', '.join(OBJECTIVES)}; got {shown}")
 
 
 def _key(override: str) -> str:
@@ -220,10 +245,17 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
         with hydra.initialize_config_dir(config_dir=str(_config_dir())):
             composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
     except HydraException as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(said(error)) from error
     with open_dict(composed):
         own = composed.pop("hydra")
     return composed, own
+
+
+def said(error: BaseException) -> str:
+    """What Hydra says of a mistake, in one line; its causes know more."""
+    text = " ".join(str(error).split())
+    cause = str(error.__cause__ or "").splitlines()
+    return f"{text} {cause[0]}" if cause and cause[0] not in text else text
 
 
 def _config_dir() -> Path:
@@ -299,8 +331,7 @@ def _check_together(run: Run) -> None:
     for key, value in {"sensitivity": run.sensitivity, **_layer_keys(run.prune.layers)}.items():
         if value not in interval:
             raise ConfigError(f"{key} must be a number {interval}, got {value:g}: prune={run.name.get('prune')}")
-    if len(run.objectives) != len(set(run.objectives)) or not run.objectives:
-        raise ConfigError(f"objectives must name each objective once, of {', '.join(OBJECTIVES)}; got {run.objectives}")
+    _check_objectives(run.objectives)
 
 
 def _layer_keys(layers: dict[str, float]) -> dict[str, float]:

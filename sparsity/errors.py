@@ -1,5 +1,7 @@
 """What a user can do wrong: one line that names the key, the value and the remedy."""
 
+USER_MISTAKE = 2  # the exit status
+
 
 def reason(error: BaseException) -> str:
     """What an error of somebody else's code says, in one short line."""

@@ -1,4 +1,4 @@
-"""The Hydra launcher for populations: members that differ in numbers alone are trained as one stacked computation.
+"""Hydra launchers: populations, whose members are trained as one stacked computation; processes of this machine.
 
 Hydra imports this at every start, so that torch is left to the task. A task says how its jobs run together by an
 attribute `together`; any other task runs one job at a time.
@@ -6,17 +6,21 @@ attribute `together`; any other task runs one job at a time.
 
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn, configure_log, filter_overrides, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
 
-from sparsity.errors import SparsityError
+from sparsity.errors import USER_MISTAKE, SparsityError, reason
 
 log = logging.getLogger("sparsity")
 
@@ -119,3 +123,68 @@ def _write_log(heard: Sequence[logging.LogRecord]) -> None:
         if isinstance(handler, logging.FileHandler):
             for record in heard:
                 handler.handle(record)
+
+
+# --- processes of this machine ---------------------------------------------------------------------------------------
+
+
+class LocalLauncher(Launcher):
+    """submitit's local launcher with an end to how many jobs run at a time, and the cores shared between them."""
+
+    def __init__(self, n_jobs: int, **settings: Any):
+        if not isinstance(n_jobs, int) or (n_jobs < 1 and n_jobs != -1):
+            _refuse(f"hydra.launcher.n_jobs must be a whole number ≥ 1, or -1 for one a core; got {n_jobs}")
+        self.n_jobs, self.settings = n_jobs, settings
+
+    def setup(self, **how: Any) -> None:
+        """Takes what the jobs are run with."""
+        try:
+            from hydra_plugins.hydra_submitit_launcher.submitit_launcher import LocalLauncher as Submitit
+        except ImportError:
+            _refuse("hydra/launcher=submitit_local needs an extra: pip install -e '.[submitit]'")
+        self.submitit = Submitit(**self.settings)
+        self.submitit.setup(**how)
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """The returns of the jobs, in their order."""
+        cores = _num_cores()
+        at_a_time = cores if self.n_jobs == -1 else self.n_jobs
+        numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
+        with _threads(max(1, cores // at_a_time)), ThreadPoolExecutor(at_a_time) as pool:
+            return list(pool.map(self._launch_one, job_overrides, numbers))
+
+    def _launch_one(self, overrides: Sequence[str], number: int) -> JobReturn:
+        """The return of one job; a process that ends without one has failed, and takes no other down."""
+        try:
+            return self.submitit.launch([overrides], number)[0]
+        except Exception as error:  # submitit's of several kinds
+            failed = JobReturn()
+            failed.return_value = SparsityError(f"member {number}: its process ended ({reason(error)})")
+            failed.status = JobStatus.FAILED
+            return failed
+
+
+def _refuse(line: str) -> NoReturn:
+    """Ends the program; an error would reach the user with its traceback."""
+    print(line, file=sys.stderr)
+    raise SystemExit(USER_MISTAKE)
+
+
+def _num_cores() -> int:
+    """The cores that this process may use."""
+    from joblib import cpu_count
+
+    return cpu_count()
+
+
+@contextlib.contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Gives processes that start meanwhile so many threads each, unless the user has said how many."""
+    if "OMP_NUM_THREADS" in os.environ:
+        yield
+        return
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]

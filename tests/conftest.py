@@ -21,6 +21,16 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
 
 
+def slow(*values: object) -> list:
+    """Parameters of which the quick tests leave out all."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+def some_slow(values: list[str], *slow_ones: str) -> list:
+    """Parameters of which the quick tests leave out some, that are much like others; a new one is never left out."""
+    return [value for value in values if value not in slow_ones] + slow(*(v for v in values if v in slow_ones))
+
+
 def layers() -> dict[str, nn.Module]:
     """One module of every layer kind that a weight comes in."""
     return {

@@ -3,6 +3,7 @@
 import pytest
 import sample_networks
 import torch
+from conftest import slow
 
 from sparsity import models
 from sparsity.accounting import account
@@ -116,7 +117,7 @@ def test_other_convolutions(convolution):
     assert macs == 4 * 6 // 2 * 3**axes * layer.num_positions
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["resnet18", *slow("mobilenet_v2")])
 def test_networks_of_torchvision(name):
     module = models.torchvision(name=name, input_shape=(1, 32, 32), num_classes=10)
     graph = trace(module, torch.zeros(2, 1, 32, 32))

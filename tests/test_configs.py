@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, choices
+from conftest import ROOT, choices, slow
 
 from sparsity import config
 from sparsity.errors import ConfigError
@@ -126,7 +126,7 @@ def test_settings_that_do_nothing_are_named():
     "yaml",
     [
         "hydra: {job: {env_set: {SPARSITY_TRUST: collections}}}",
-        'hydra: {overrides: {task: ["trust=[collections]"]}}\ntrust: [collections]',
+        *slow('hydra: {overrides: {task: ["trust=[collections]"]}}\ntrust: [collections]'),
     ],
 )
 def test_no_yaml_admits_code(tmp_path, yaml):

@@ -1,6 +1,7 @@
 """Whole runs on digits: what is left on disk and in the result, stages in subsets, and mistakes."""
 
 import csv
+import functools
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sparsity
 from sparsity.errors import ConfigError, DivergedError, SparsityError, WeightsError
 
 SMALL = ("model=mlp", "model.factory.hidden=[30]")
@@ -194,6 +196,23 @@ def test_settings_that_do_nothing_warn(run, caplog):
     assert "sensitivity does nothing" in caplog.text
 
 
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """The first layer that pretraining from the same weights comes to, whatever the overrides."""
+    root = tmp_path_factory.mktemp("pretrained")
+    fixed = (*SMALL, "data=digits", "schedule=smoke", "store=null", "stages=[pretrain]", "plots=false")
+    start = sparsity.run([*fixed, "schedule.pretrain.epochs=1", f"hydra.run.dir={root}/start"])["folder"]
+
+    @functools.cache
+    def pretrained(*overrides):
+        folder = root / str(len(list(root.iterdir())))
+        given = (f"model.weights={start}/model.safetensors", f"hydra.run.dir={folder}")
+        sparsity.run([*fixed, *given, *overrides])
+        return load_file(folder / "model.safetensors")["fc1.weight"]
+
+    return pretrained
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -210,18 +229,10 @@ def test_settings_that_do_nothing_warn(run, caplog):
         "precision=bfloat16",
     ],
 )
-def test_every_setting_reaches_training(run, change):
-    given = ("model.weights=start.safetensors", "stages=[pretrain]", "plots=false")
-    start = run(*SMALL, "stages=[pretrain]", "schedule.pretrain.epochs=1", "plots=false")
-    Path("start.safetensors").write_bytes((Path(start["folder"]) / "model.safetensors").read_bytes())
-    weights = []
-    for overrides in ((), (change,)):
-        extra = ("schedule.pretrain.weight_decay=0.01",) if change == "optimizer=adamw" else ()
-        if change.startswith("precision"):
-            extra = (f"precision={'float32' if change.endswith('bfloat16') else 'bfloat16'}",) if not overrides else ()
-        folder = run(*SMALL, *given, *extra, *overrides)["folder"]
-        weights.append(load_file(f"{folder}/model.safetensors")["fc1.weight"])
-    assert not torch.equal(*weights)
+def test_every_setting_reaches_training(pretrained, change):
+    common = ("schedule.pretrain.weight_decay=0.01",) if change == "optimizer=adamw" else ()
+    without = ("precision=float32",) if change.startswith("precision") else ()
+    assert not torch.equal(pretrained(*common, *without), pretrained(*common, change))
 
 
 def test_the_penalty_is_in_regularizing_alone(run):

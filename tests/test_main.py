@@ -55,6 +55,7 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     assert (tmp_path / "result.json").read_text() == "before"
 
 
+@pytest.mark.slow
 def test_a_mistake_in_full_on_request(tmp_path):
     done = main(*MLP, "sensitivity=-1", f"hydra.run.dir={tmp_path}", HYDRA_FULL_ERROR="1")
     assert done.returncode != 0 and "Traceback" in done.stderr

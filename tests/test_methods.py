@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, choices, layers
+from conftest import ROOT, choices, layers, slow
 from omegaconf import OmegaConf
 
 from sparsity import config
@@ -80,9 +80,11 @@ class TestRegularizers:
         expected.backward()
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-10, atol=1e-12)
 
-    def test_gradient_is_that_of_finite_differences(self, name, kind):
+    @pytest.mark.parametrize("fast", [True, *slow(False)])  # fast: along a random direction
+    def test_gradient_is_that_of_finite_differences(self, name, kind, fast):
         parameter, layout = weight_of(kind)
-        torch.autograd.gradcheck(lambda w: regularizer(name)(to_view(w, layout)), parameter.requires_grad_())
+        penalty = regularizer(name)
+        torch.autograd.gradcheck(lambda w: penalty(to_view(w, layout)), parameter.requires_grad_(), fast_mode=fast)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_zero_tensor_gives_zero_and_no_gradient(self, name, kind, dtype):

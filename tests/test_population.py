@@ -4,15 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import choices
+from conftest import choices, some_slow
 from test_configs import read
 
 from sparsity import population
 from sparsity.errors import DivergedError
 from sparsity.experiment import Job, run_members
 
-RULES = choices("prune")
-REGULARIZERS = choices("reg")
+RULES = some_slow(choices("prune"), "threshold", "group_threshold")
+REGULARIZERS = some_slow(choices("reg"), "none", "l1", "hoyer", "group_lasso", "transformed_l1")
 # Adam would make much of the last bit of a gradient near 0; what is left of it is the sign of a weight near 0
 SMOOTH = ("data=digits", "schedule=smoke", "plots=false", "precision=float32", "optimizer=sgd")
 SMOOTH += tuple(f"schedule.{stage}.lr=0.05" for stage in ("pretrain", "regularize", "finetune"))

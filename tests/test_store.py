@@ -1,10 +1,11 @@
 """The store: keys follow what determines a stage, files are whole or set aside, a stage is computed once."""
 
+import functools
 import json
 import multiprocessing
 import os
 import signal
-import time
+import threading
 
 import pytest
 import torch
@@ -100,17 +101,11 @@ def test_a_lock_is_waited_for_and_dies_with_its_owner(tmp_path, caplog):
     owner.start()
     assert held.wait(60)
     os.kill(owner.pid, signal.SIGSTOP)  # neither ends nor lets go
-    alarm = context.Process(target=_kill_later, args=(owner.pid,))
-    alarm.start()
+    threading.Timer(0.5, os.kill, (owner.pid, signal.SIGKILL)).start()
     with caplog.at_level("INFO"), Store(tmp_path).claim("pretrain", [KEY]):
         assert not owner.is_alive()
     assert "waits for another process" in caplog.text
-    owner.join(), alarm.join()
-
-
-def _kill_later(pid):
-    time.sleep(0.5)
-    os.kill(pid, signal.SIGKILL)
+    owner.join()
 
 
 def test_a_finished_stage_leaves_no_lock(tmp_path):
@@ -182,6 +177,7 @@ def keys():
     from sparsity import config
     from sparsity.experiment import load_data, precision_of, stage_keys
 
+    @functools.cache
     def keys(*overrides):
         composed, _ = config.compose(["data=digits", "schedule=smoke", "precision=float32", *SMALL, *overrides])
         run = config.read(composed)

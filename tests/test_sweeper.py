@@ -161,6 +161,7 @@ def test_every_rule_can_be_searched(name, searching):
 def test_objectives_and_their_directions(searching):
     _, study = searching("objectives=[accuracy,macs]", n_trials=1)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    assert study.metric_names == ["accuracy", "macs"]
     _, study = searching(
         "objectives=[nonzero]", "hydra.sweeper.storage=sqlite:///deep/one.db", answer=lambda _: (5.0,), n_trials=1
     )
@@ -267,6 +268,15 @@ def test_the_failure_rate_can_end_it(searching):
         searching("hydra.sweeper.max_failure_rate=0.3", answer=failing(RuntimeError("no"), {1}))
 
 
+def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch):
+    def full(self, study, batch, overrides):
+        raise optuna.exceptions.StorageInternalError from OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Search, "_launch", full)
+    with pytest.raises(ConfigError, match=r"storage=.* cannot be written \(.*No space left.*the same command goes on"):
+        searching()
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +324,7 @@ def test_nothing_to_search(searching):
             r"searches sensitivity in tag\(log, interval\(0.01, 1\)\), asked is interval",
         ),
         ("reg.decay=0.1", "searches reg.decay in .*, asked is no range"),
-        ("objectives=[accuracy,macs]", "has objectives="),
+        pytest.param("objectives=[accuracy,macs]", "has objectives=", marks=pytest.mark.slow),
         ("seed=1", "was made for"),
     ],
 )
@@ -364,6 +374,7 @@ def test_a_sweep_is_named_by_what_it_is():
 def test_members_of_a_grid_are_counted():
     assert config.count_members(["reg.decay=1,2,3", "sensitivity=range(0,4)", "seed=1"]) == 12
     assert config.count_members(["reg.decay=interval(0,1)"]) is None
+    assert config.count_members(["seed=0,1", "seed=0,1,2"]) == 3
     assert config.swept_keys(["reg.decay=1,2", "seed=1", "+a=choice(1,2)", "model.factory.hidden=[1,2]"]) == [
         "reg.decay",
         "a",

@@ -310,6 +310,25 @@ def test_the_picture_shows_points_front_and_scale(sweep):
     assert pareto.notes(shown) == ["means over 3 seeds; bars: 95 % intervals of the means"]
 
 
+def test_the_colour_bar_has_round_numbers(tmp_path):
+    for place in range(12):
+        put(tmp_path / str(place), [f"reg.decay={1.37e-5 * 1.5**place}"])
+    assert pareto.bar_ticks(view(tmp_path).colours) == pytest.approx([2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3])
+    bar = pareto.figure_of(view(tmp_path)).axes[1]
+    assert [text.get_text() for text in bar.get_yticklabels(minor=True)] == []
+    few = pareto.Colours("threads", [3.0, 5.0, 3.0], True)
+    assert pareto.bar_ticks(few) == [3, 5]
+
+
+def test_the_table_shows_the_first_digits_of_numbers(tmp_path, capsys):
+    put(tmp_path / "0", ["reg.decay=0.000371581414549848", "reg=hs"])
+    put(tmp_path / "1", ["reg.decay=0.5", "reg=l1"])
+    table.show(summarise([tmp_path]))
+    lines = capsys.readouterr().out.splitlines()
+    assert any("0.0003716" in line and " hs " in line for line in lines)
+    assert any(line.endswith("python main.py reg.decay=0.000371581414549848 reg=hs") for line in lines)
+
+
 def test_collapsed_networks_do_not_squeeze_the_others(sweep):
     put(sweep / "12", ["reg.decay=1", "seed=0"], 0.1, 0.0974, 2000)
     shown = view(sweep)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sparsity import console, results, stages
 from sparsity.accounting import Report, account
 from sparsity.config import Run
-from sparsity.errors import ConfigError, DivergedError, SparsityError
+from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
 from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of
 from sparsity.experiment.precision import precision_of
@@ -39,8 +40,9 @@ def _writing(folder: Path) -> Iterator[None]:
     """Turns what the disk refuses into one line."""
     try:
         yield
-    except OSError as error:
-        raise ConfigError(f"hydra.run.dir={folder} cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        cause = getattr(error, "strerror", None) or reason(error)
+        raise ConfigError(f"hydra.run.dir={folder} cannot be written: {cause}") from error
 
 
 def _whole_layer(name: str, run: Run) -> str:
@@ -280,7 +282,7 @@ class Record:
             "keys": {stage: key.key for stage, key in member.keys.items()},
             "warnings": member.warnings,
             "overrides": list(member.job.overrides),
-            "environment": results.environment(self.device, precision_of(run, self.device)),
+            "environment": results.environment(self.device, precision_of(run, self.device), member.job.overrides),
             "config": member.job.config,
         }
 

@@ -7,7 +7,6 @@ import math
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -73,8 +72,8 @@ def describe_report(report: "Report") -> dict[str, Any]:
     }
 
 
-def environment(device: "torch.device", precision: str) -> dict[str, Any]:
-    """What a number may depend on besides the config."""
+def environment(device: "torch.device", precision: str, overrides: Iterable[str]) -> dict[str, Any]:
+    """What a number may depend on besides the config; overrides: those that run it by itself."""
     import torch
 
     return {
@@ -86,7 +85,7 @@ def environment(device: "torch.device", precision: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "precision": precision,
         "git_commit": _git_commit(),
-        "command": sys.argv,
+        "command": ["main.py", *overrides],
     }
 
 

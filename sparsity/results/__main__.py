@@ -7,14 +7,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsity.errors import ConfigError, SparsityError
+from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError
 from sparsity.front import OBJECTIVES
 from sparsity.results import table, whole
 from sparsity.results.members import RESULT, Member
 from sparsity.results.points import Point, smallest
 from sparsity.results.sweeps import Summary, summarise
 
-USER_MISTAKE = 2
 REFERENCE_ACCURACY = 0.9
 COMPARED = Path("outputs/compared")
 NETWORK = "model.safetensors"

@@ -11,11 +11,11 @@ from sparsity.results.pareto import (
     LABELS,
     LOG_SPAN,
     MARKERS,
-    MAX_TICKS,
     NUM_SHADES,
     PUBLISHED_KINDS,
     Colours,
     View,
+    bar_ticks,
     category,
     label,
     notes,
@@ -55,12 +55,13 @@ def _traces(view: View, details: list[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = [
         {
             "type": "scatter",
-            "mode": "lines",
+            "mode": "lines+markers",
             "name": "front, selected on validation",
             "hoverinfo": "skip",
             "x": [spot.x for spot in view.front],
             "y": [spot.y for spot in view.front],
             "line": {"color": "#000", "width": 1.5},
+            "marker": {"symbol": "circle-open", "size": 13, "color": "#000", "line": {"width": 2}},
         }
     ]
     points = [_trace(view, details, value, members, place) for place, (value, members) in enumerate(groups.items())]
@@ -91,13 +92,8 @@ def _published_traces(view: View) -> list[dict[str, Any]]:
 def _trace(view: View, details: list[dict[str, Any]], value: Any, places: list[int], place: int) -> dict[str, Any]:
     """The points of one value of the key that colours, or all."""
     spots = [view.spots[index] for index in places]
-    edges = [2.0 if view.is_kept(spot) else 0.0 for spot in spots]
     bars = [(0.0, 0.0) if spot.y < view.floor else (spot.x_interval, spot.y_interval) for spot in spots]
-    marker = {
-        "size": 10,
-        "symbol": SYMBOLS[MARKERS.index(category(place)[1])],
-        "line": {"color": "#000", "width": edges},
-    }
+    marker = {"size": 10, "symbol": SYMBOLS[MARKERS.index(category(place)[1])]}
     marker |= _colour_scale(view.colours) if view.colours.numeric else {"color": category(place)[0]}
     return {
         "type": "scatter",
@@ -124,7 +120,7 @@ def _colour_scale(colours: Colours) -> dict[str, Any]:
     shade = shades()
     scale = [[step / (NUM_SHADES - 1), to_hex(shade(step))] for step in range(NUM_SHADES)]
     place = math.log10 if colours.is_log else float
-    ticks = colours.categories[:: math.ceil(len(colours.categories) / MAX_TICKS)]
+    ticks = bar_ticks(colours)
     bar = {"title": {"text": colours.key, "side": "top"}, "tickvals": [*map(place, ticks)], "thickness": 14}
     bar["ticktext"] = [f"{value:g}" for value in ticks]
     return {"color": [*map(place, colours.values)], "colorscale": scale, "colorbar": bar}
@@ -153,10 +149,10 @@ def _layout(view: View) -> dict[str, Any]:
     return {
         "xaxis": across,
         "yaxis": up,
-        "legend": {"orientation": "h", "y": -0.15},
+        "legend": {"orientation": "h", "y": 1.02, "yanchor": "bottom"},
         "hovermode": "closest",
         "plot_bgcolor": "#fff",
-        "margin": {"t": 40, "r": 20, "l": 80},
+        "margin": {"t": 60, "r": 20, "l": 80},
     }
 
 

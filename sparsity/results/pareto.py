@@ -234,9 +234,11 @@ def _draw_published(axis: Any, view: View) -> None:
 
 
 def _draw_front(axis: Any, view: View) -> None:
-    ordered = [(spot.x, spot.y) for spot in view.front]
-    if ordered:
-        axis.plot(*zip(*ordered), color="black", linewidth=0.9, zorder=2, label="front, selected on validation")
+    shown = [(spot.x, spot.y) for spot in view.front if spot.y >= view.floor]
+    if view.front:
+        look = {"marker": "o", "markersize": 4.5, "markerfacecolor": "none", "markeredgewidth": 0.8}
+        line = axis.plot(*zip(*shown or [(math.nan, math.nan)]), color="black", linewidth=0.9, zorder=2, **look)
+        line[0].set_label("front, selected on validation")
 
 
 def _draw_points(axis: Any, view: View) -> None:
@@ -323,9 +325,20 @@ def _add_colour_bar(figure: Any, axis: Any, colours: Colours) -> None:
     bar = figure.colorbar(ScalarMappable(_norm(colours), shades()), ax=axis, pad=0.02, aspect=30)
     bar.set_label(colours.key, fontsize=SMALL + 1)
     bar.ax.tick_params(labelsize=SMALL)
+    ticks = bar_ticks(colours)
+    bar.set_ticks(ticks, labels=[f"{value:g}" for value in ticks])
+    bar.ax.minorticks_off()
+
+
+def bar_ticks(colours: Colours) -> list[float]:
+    """The numbers that the colour bar names: the values where they are few, else round ones."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
     if len(colours.categories) <= MAX_TICKS:
-        bar.set_ticks(colours.categories, labels=[f"{value:g}" for value in colours.categories])
-        bar.ax.minorticks_off()
+        return colours.categories
+    low, high = min(colours.values), max(colours.values)
+    locator = LogLocator(subs=(1, 2, 5), numticks=99) if colours.is_log else MaxNLocator(MAX_TICKS)
+    return [float(tick) for tick in locator.tick_values(low, high) if low <= tick <= high]
 
 
 def notes(view: View) -> list[str]:

@@ -134,6 +134,7 @@ def draw_weights(path: Path, states: dict[str, Tensors], layers: list[dict[str, 
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_title(name.removesuffix(".weight"), fontsize=9)
+        axis.minorticks_off()
     for axis in grid[len(names) :]:
         axis.set_visible(False)
     grid[0].legend(frameon=False, fontsize=8)

@@ -9,7 +9,7 @@ from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sparsity.results.members import Member
+from sparsity.results.members import Member, canonical
 from sparsity.results.points import TEST, VALIDATION, Point, command, dominated_volume, front_of, points_of
 from sparsity.results.sweeps import PICTURES, SUMMARY, Summary, num_stages
 
@@ -64,11 +64,17 @@ def front_table(summary: Summary) -> Table:
     table.add_column("folder", overflow="fold")
     for number, point in enumerate(summary.front, 1):
         seeds = [str(len(point.members))] if _has_seeds(summary) else []
-        settings = [point.value(key) or "" for key in keys]
+        settings = [_short(point.value(key)) for key in keys]
         table.add_row(str(number), *settings, *_figures(point), *seeds, near(point.best.folder))
     if _has_seeds(summary):
         table.caption = "means over seeds, ± 95 % interval; structure and folder of the seed best on validation"
     return table
+
+
+def _short(text: str | None) -> str:
+    """A value as a table has room for it: of a number drawn at random, the first digits."""
+    value = canonical(text)
+    return f"{value:.4g}" if isinstance(value, float) else text or ""
 
 
 def _figures(point: Point) -> list[str]:

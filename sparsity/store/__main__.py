@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from sparsity.errors import ConfigError, SparsityError, reason
+from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, reason
 from sparsity.store import SUFFIX, Damaged, read_description
 
 
@@ -185,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _clean(given, found, now)
     except (SparsityError, OSError) as error:
         print(error, file=sys.stderr)
-        return 2
+        return USER_MISTAKE
     return 0
 
 

@@ -11,9 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from sparsity.errors import SparsityError
-
-USER_MISTAKE = 2  # the exit status
+from sparsity.errors import USER_MISTAKE, SparsityError
 
 
 class SearchSweeper(Sweeper):

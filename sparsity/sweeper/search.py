@@ -34,6 +34,7 @@ log = logging.getLogger("sparsity")
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")  # what a YAML may name as one
 NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 MISTAKES_IN_A_ROW = 3  # members that fail by the user's mistake before the search ends: all others would
+REMEDY = "give sqlite:///FILE, journal:///FILE, or the URL of a database that runs"  # for a storage
 LOCK_SECONDS = 60.0  # for which SQLite waits for another process
 Space = dict[str, BaseDistribution]
 
@@ -59,15 +60,25 @@ class Search(OptunaSweeperImpl):
         self._try(space, fixed, deletions)
         study = self._open(space, fixed)
         self._say_where_it_is(study)
-        while batch := self._ask(study, space, fixed, deletions):
-            trials, overrides = batch
-            returns = self.launcher.launch(overrides, initial_job_idx=int(trials[0].user_attrs["folder"]))
-            for trial, job in zip(trials, returns):
-                self._tell(study, trial, job)
-            self._check_failures(study)
-        self._write(study)
+        try:
+            while batch := self._ask(study, space, fixed, deletions):
+                self._launch(study, *batch)
+            self._write(study)
+        except (optuna.exceptions.StorageInternalError, OSError) as error:
+            cause = reason(error.__cause__ or error)
+            raise ConfigError(
+                f"hydra.sweeper.storage={self.storage} or hydra.sweep.dir cannot be written ({cause}): mend that, and "
+                "the same command goes on"
+            ) from error
         if self.failures:
             raise SparsityError(f"{len(self.failures)} of {_finished(study)} members failed; {self.failures[-1]}")
+
+    def _launch(self, study: optuna.Study, trials: list[Trial], overrides: list[list[str]]) -> None:
+        """Has a batch of members run, and tells the study what they came to."""
+        returns = self.launcher.launch(overrides, initial_job_idx=int(trials[0].user_attrs["folder"]))
+        for trial, job in zip(trials, returns):
+            self._tell(study, trial, job)
+        self._check_failures(study)
 
     # --- the space ---------------------------------------------------------------------------------------------------
 
@@ -107,7 +118,7 @@ class Search(OptunaSweeperImpl):
             try:
                 composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
             except HydraException as error:
-                raise ConfigError(" ".join(str(error).split())) from error
+                raise ConfigError(schema.said(error)) from error
             choices = composed.hydra.runtime.choices
             with open_dict(composed):
                 del composed["hydra"]
@@ -124,9 +135,10 @@ class Search(OptunaSweeperImpl):
                 study_name=name, storage=_storage(self.storage), directions=directions, load_if_exists=True
             )
         except Exception as error:  # each database refuses in its own way
+            is_missing = isinstance(error, ImportError)
+            remedy = "install its driver, as pip install -e '.[postgresql]' does" if is_missing else REMEDY
             raise ConfigError(
-                f"hydra.sweeper.storage={self.storage} cannot be opened ({reason(error)}): give sqlite:///FILE, "
-                "journal:///FILE, or the URL of a database that runs"
+                f"hydra.sweeper.storage={self.storage} cannot be opened ({reason(error)}): {remedy}"
             ) from error
         asked = {
             "objectives": list(self.config.objectives),
@@ -135,6 +147,9 @@ class Search(OptunaSweeperImpl):
         }
         _check_same(study, asked, self.storage)
         study.set_user_attr("asked", asked)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(asked["objectives"])  # what a dashboard shows
         return study
 
     def _say_where_it_is(self, study: optuna.Study) -> None:
