@@ -226,7 +226,7 @@ def test_the_memory_of_a_member_is_counted(tmp_path, monkeypatch):
     jobs = [job(tmp_path / str(seed), *MLP, f"seed={seed}") for seed in range(2)]
     monkeypatch.setattr(experiment_parts.psutil, "virtual_memory", lambda: type("", (), {"available": 4e6})())
     splits, _ = experiment.load_data(jobs[0].run)
-    record = experiment._record(jobs, [{}, {}], splits, torch.device("cpu"), None)
+    record = experiment._record(jobs, [{}, {}], splits, torch.device("cpu"), None, lambda *given: 1)
     loop = next(iter(record.parts.loops.values()))
     fitting = experiment_parts._fitting(record.population, record.parts, record.graph, loop)
     weights, units = 784 * 12 + 12 + 12 * 10 + 10, 22

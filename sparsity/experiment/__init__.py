@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparsity.errors import ConfigError, SparsityError, reason
 from sparsity.experiment.keys import Key, stage_keys
 from sparsity.experiment.parts import (
     check_methods,
+    check_trains,
     device_of,
     first_population,
     ingredients,
@@ -205,8 +207,9 @@ def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int 
         outcomes: list[Outcome | None] = [_finished(job, key) for job, key in zip(jobs, keys)]
         left = [index for index, outcome in enumerate(outcomes) if outcome is None]
         if left:
-            record = _record([jobs[index] for index in left], [keys[index] for index in left], splits, device, kept)
-            record.at_a_time = members_at_a_time(record.parts, record.population, record.graph, stacked, limit)
+            choose = partial(members_at_a_time, stacked=stacked, limit=limit)
+            own = [jobs[index] for index in left], [keys[index] for index in left]
+            record = _record(*own, splits, device, kept, choose)
             for stage in run.stages:
                 record.advance(stage)
             for index, outcome in zip(left, record.outcomes()):
@@ -215,14 +218,20 @@ def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int 
 
 
 def _record(
-    jobs: Sequence[Job], keys: Sequence[dict[str, Key]], splits: Splits, device: torch.device, kept: Store | None
+    jobs: Sequence[Job],
+    keys: Sequence[dict[str, Key]],
+    splits: Splits,
+    device: torch.device,
+    kept: Store | None,
+    choose: Callable[..., int],
 ) -> Record:
     """The members before their first stage, everything about them checked."""
     runs = [job.run for job in jobs]
     population = first_population(runs, splits, device)
     parts = ingredients(runs, splits, population, device)
     check_methods(runs[0], population, parts)
-    return Record(jobs, keys, parts, population, device, kept)
+    check_trains(parts, population)
+    return Record(jobs, keys, parts, population, device, kept, choose)
 
 
 def _finished(job: Job, keys: dict[str, Key]) -> dict[str, Any] | None:

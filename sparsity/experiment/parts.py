@@ -120,20 +120,26 @@ def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) 
     return stack(modules, device)
 
 
+def check_trains(parts: Ingredients, population: Population) -> None:
+    """Refuses a module that cannot be trained, before anything is."""
+    for loop in parts.loops.values():
+        try:
+            try_step(population.member(0), parts.splits, loop.precision)
+        except Exception as error:  # whatever a module of the user's own may raise
+            raise ConfigError(f"the model cannot be trained on this data: {reason(error)}") from error
+        return  # what one stage can train, all can
+
+
 def members_at_a_time(
     parts: Ingredients, population: Population, graph: dict[str, Layer], stacked: bool | None, limit: int | None
 ) -> int:
     """How many members are trained as one: as many as memory takes, or one where stacking is no gain or impossible.
 
-    stacked: None asks a short measurement on a CPU, and stacks on a GPU. Refuses a module that cannot be trained.
+    stacked: None asks a short measurement on a CPU, and stacks on a GPU.
     """
     members, loop = population.num_members, next(iter(parts.loops.values()), None)
     if loop is None:
         return members
-    try:
-        try_step(population.member(0), parts.splits, loop.precision)
-    except Exception as error:  # whatever a module of the user's own may raise
-        raise ConfigError(f"the model cannot be trained on this data: {reason(error)}") from error
     if members == 1 or stacked is False or not _can_be_stacked(population, parts, loop):
         return 1
     fitting = min(members, limit or members, _fitting(population, parts, graph, loop))
@@ -180,29 +186,33 @@ def _num_outputs(weight: Tensor, population: Population, layer: Layer) -> int:
 
 
 def _stacking_pays(population: Population, parts: Ingredients) -> bool:
-    """Whether a stacked step takes less time than that of one member as many times, by a few steps of each in turns."""
+    """Whether a stacked step takes clearly less time than that of one member as many times, by a few steps of each."""
     members = population.num_members
     together, alone = (
-        min(_seconds(some, parts.take(list(range(some.num_members)))) for _ in range(ROUNDS))
-        for some in (population, population.member(0))
+        _seconds(some, parts.take(list(range(some.num_members)))) for some in (population, population.member(0))
     )
-    pays = together < members * alone
+    share = together / (members * alone)
+    pays = share < WORTH_STACKING
     how = "as one" if pays else "one after another"
-    log.info(f"{members} members are trained {how}: stacked takes {together / (members * alone):.2f} of the time")
+    log.info(f"{members} members are trained {how}: stacked, they take {share:.2f} of the time")
     return pays
 
 
-ROUNDS = 3
+WORTH_STACKING = 0.9  # of the time of one after another: less than noise may say
+ROUNDS = 5
 FEW_STEPS = 4
 
 
 def _seconds(population: Population, parts: Ingredients) -> float:
-    """The time of a few training steps."""
-    loop = replace(next(iter(parts.loops.values())), epochs=2, way="recorded")  # the first one warms up
+    """The time of a few steps of the longest stage, the least of several."""
+    stage, longest = max(parts.loops.items(), key=lambda entry: entry[1].epochs)
+    loop = replace(longest, epochs=1 + ROUNDS)  # the first one records, or compiles
     few = parts.splits.train.take(torch.arange(min(len(parts.splits.train), FEW_STEPS * loop.batch_size)))
     generators = [torch.Generator().manual_seed(seed) for seed in parts.seeds]
     splits = replace(parts.splits, train=few, validation=None)
-    return train(population, splits, loop, generators, penalty=parts.penalty).history[-1].seconds
+    penalty = parts.penalty if stage == "regularize" else None
+    history = train(population, splits, loop, generators, penalty=penalty).history
+    return min(row.seconds for row in history[1:] or history)
 
 
 def check_methods(run: Run, population: Population, parts: Ingredients) -> None:

@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -103,9 +103,14 @@ class Record:
         population: Population,
         device: torch.device,
         store: Store | None,
+        choose: Callable[[Ingredients, Population, dict[str, Layer]], int],
     ):
+        """choose: how many members are trained as one."""
         self.parts, self.population, self.device, self.store = parts, population, device, store
-        self.at_a_time = len(jobs)  # how many members are trained as one
+        self.choose = choose
+        self.at_a_time: int | None = (
+            None  # how many members are trained as one; chosen where something is to be trained
+        )
         self.splits = parts.splits
         self.run = jobs[0].run
         self.graph: dict[str, Layer] = trace(population.module, parts.splits.example())
@@ -167,8 +172,11 @@ class Record:
     def _computed(self, stage: str, members: list[Member]) -> dict[str, Kept]:
         """The stage of some members, trained together as many at a time as is set, and kept."""
         computed: dict[str, Kept] = {}
+        if self.at_a_time is None and len(members) > 1 and stage in self.parts.loops:
+            self.at_a_time = self.choose(self.parts, self.population, self.graph)
         while members:
-            some, members = members[: self.at_a_time], members[self.at_a_time :]
+            size = self.at_a_time or len(members)
+            some, members = members[:size], members[size:]
             try:
                 computed |= self._computed_together(stage, some)
             except torch.OutOfMemoryError:
