@@ -1,0 +1,120 @@
+"""Seconds per epoch of finetuning what pruning left, beside an epoch of training the network dense."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.floor import Rates
+from benchmarks.report import Figure, Report, Target
+from benchmarks.subjects import WITHOUT_END, Setting, Told, default, loop, penalty, population, splits
+from benchmarks.turns import Contender, Tell, Turns
+from sparsity import pruning, stages
+from sparsity.accounting import live_inputs, live_outputs
+from sparsity.capture import Way
+from sparsity.experiment.parts import machine
+from sparsity.population import Population
+from sparsity.tensors import to_view
+from sparsity.training import Watcher
+
+PART = "finetune"
+WAYS = ("recorded", "compiled")
+REGS = {"lenet300": "hs", "lenet5": "group_hs"}
+TARGETS = {"lenet300": 3}
+SHARE_LEFT = 0.02  # of the weights
+EPOCHS = {"pretrain": 2, "regularize": 6}  # before pruning
+ENDLESS = dict.fromkeys(("pretrain", "finetune"), WITHOUT_END)
+DECAYS = {"hs": 1e-4, "group_hs": 2e-3}  # of the regularizers' YAMLs
+
+
+def measure(setting: Setting, report: Report, rates: Rates) -> None:
+    """An epoch of finetuning 2 % of the weights, and of training dense, by every way of computing a step."""
+    report.heading(f"finetuning {SHARE_LEFT:.0%} of the weights on the CPU; ratio: training dense / finetuning")
+    for network in setting.networks[: 1 if setting.quick else None]:
+        reg = REGS[network]
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder) / "pruned.pt")
+            contender = Contender(prepare, setting, network, reg, file)
+            prepared = contender.turn()
+            contender.stop()
+            _case(setting, report, network, reg, file, prepared)
+
+
+def _case(setting: Setting, report: Report, network: str, reg: str, file: str, prepared: dict[str, float]) -> None:
+    precision = default(network)[1]
+    calls = {}
+    for way in WAYS:
+        calls[f"dense, {way}"] = (train_dense, setting, network, way, precision)
+        calls[f"finetuned, {way}"] = (finetune, setting, network, way, precision, file)
+    turns = Turns(calls, setting.rounds)
+    for name in calls:
+        kind, way = name.split(", ")
+        is_fine = kind == "finetuned"
+        report.add(
+            Figure(
+                PART,
+                f"{network} {reg}: {name} {precision}",
+                setting.per_epoch(turns.median(name)),
+                "s / 60,000 images",
+                ratio=turns.ratio(f"dense, {way}", name) if is_fine else None,
+                target=Target(TARGETS[network], at_least=True) if is_fine and network in TARGETS else None,
+                details={"seconds": turns.all(name), **(prepared if is_fine else {})},
+            )
+        )
+
+
+def prepare(tell: Tell, setting: Setting, network: str, reg: str, file: str) -> None:
+    """Trains a network dense, then with the penalty, prunes it, writes it, and tells what is left."""
+    with machine(None):
+        members = population(network)
+        parts = _ingredients(setting, members, "recorded", default(network)[1], Watcher(), EPOCHS, reg)
+        trained = stages.regularize(stages.pretrain(members, parts).last, parts)
+        pruned = stages.prune(trained.last, parts).population
+    torch.save({"parameters": pruned.parameters, "masks": pruned.masks}, file)
+    (accuracy,) = trained.history[-1].validation
+    tell(seconds=0.0, accuracy_before_pruning=accuracy, **_left(pruned))
+
+
+def _left(members: Population) -> dict[str, float]:
+    """The share of the weights that is left, and the live inputs and outputs of every layer."""
+    views = {
+        name: to_view(parameter[0], members.layouts[name])
+        for name, parameter in members.parameters.items()
+        if members.layouts[name].kind == "weight"
+    }
+    share = sum(int((view != 0).sum()) for view in views.values()) / sum(view.numel() for view in views.values())
+    live = {f"{name}.live": [int(live_inputs(v).sum()), int(live_outputs(v).sum())] for name, v in views.items()}
+    return {"share_left": share, **live}
+
+
+def train_dense(tell: Tell, setting: Setting, network: str, way: Way, precision: str) -> None:
+    """Tells the seconds of epoch after epoch of pretraining."""
+    with machine(None):
+        members = population(network)
+        stages.pretrain(members, _ingredients(setting, members, way, precision, Told(tell)))
+
+
+def finetune(tell: Tell, setting: Setting, network: str, way: Way, precision: str, file: str) -> None:
+    """Tells the seconds of epoch after epoch of finetuning the network of a file, as the stage does it."""
+    with machine(None):
+        pruned = replace(population(network), **torch.load(file))
+        stages.finetune(pruned, _ingredients(setting, pruned, way, precision, Told(tell)))
+
+
+def _ingredients(
+    setting: Setting,
+    members: Population,
+    way: Way,
+    precision: str,
+    watcher: Watcher,
+    epochs: dict[str, int] = ENDLESS,
+    reg: str = "none",
+) -> stages.Ingredients:
+    """What the stages need, with the percentile rule."""
+    weights = [name for name, layout in members.layouts.items() if layout.kind == "weight"]
+    mask = stages.Method(pruning.percentile)
+    rule = stages.Rule(mask, None, True, False, [(weights, torch.tensor([1 - SHARE_LEFT]))])
+    loops = {stage: loop(way, precision, count) for stage, count in epochs.items()}
+    penalised = penalty(reg, members, DECAYS.get(reg, 0.0))
+    return stages.Ingredients(splits(setting, validated=True), loops, penalised, rule, [0], lambda stage: watcher)
