@@ -34,7 +34,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=10_000, help="of a measured epoch; seconds are for 60,000")
     parser.add_argument("--only", type=_some(PARTS), default=tuple(PARTS), help=f"some of {','.join(PARTS)}")
     parser.add_argument("--networks", type=_some(NETWORKS), default=NETWORKS, help=f"some of {','.join(NETWORKS)}")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the populations")
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=there, help=f"of the populations ({there})")
     parser.add_argument("--quick", action="store_true", help="few cases, and small runs: to see that everything works")
     parser.add_argument("--random", action="store_true", help="random images instead of MNIST")
     parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/bench.json"))

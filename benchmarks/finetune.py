@@ -3,12 +3,24 @@
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.floor import Rates
+from benchmarks.floor import Rates, Work, layer_sizes, work, work_of
 from benchmarks.report import Figure, Report, Target
-from benchmarks.subjects import WITHOUT_END, Setting, Told, default, loop, penalty, population, splits
+from benchmarks.subjects import (
+    BATCH_SIZE,
+    WITHOUT_END,
+    Setting,
+    Told,
+    default,
+    loop,
+    module,
+    penalty,
+    population,
+    splits,
+)
 from benchmarks.turns import Contender, Tell, Turns
 from sparsity import pruning, stages
 from sparsity.accounting import live_inputs, live_outputs
@@ -38,16 +50,21 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
             contender = Contender(prepare, setting, network, reg, file)
             prepared = contender.turn()
             contender.stop()
-            _case(setting, report, network, reg, file, prepared)
+            _case(setting, report, rates, network, reg, file, prepared)
 
 
-def _case(setting: Setting, report: Report, network: str, reg: str, file: str, prepared: dict[str, float]) -> None:
+def _case(
+    setting: Setting, report: Report, rates: Rates, network: str, reg: str, file: str, prepared: dict[str, Any]
+) -> None:
+    """The floor is that of the training steps; the seconds count evaluation too, of test as well in finetuning."""
     precision = default(network)[1]
     calls = {}
     for way in WAYS:
         calls[f"dense, {way}"] = (train_dense, setting, network, way, precision)
         calls[f"finetuned, {way}"] = (finetune, setting, network, way, precision, file)
     turns = Turns(calls, setting.rounds)
+    dense = work(module(network), (1, 28, 28), BATCH_SIZE, penalised=False)
+    left = work_left(network, prepared["live"], prepared["weights"])
     for name in calls:
         kind, way = name.split(", ")
         is_fine = kind == "finetuned"
@@ -59,6 +76,7 @@ def _case(setting: Setting, report: Report, network: str, reg: str, file: str, p
                 "s / 60,000 images",
                 ratio=turns.ratio(f"dense, {way}", name) if is_fine else None,
                 target=Target(TARGETS[network], at_least=True) if is_fine and network in TARGETS else None,
+                floor=setting.per_epoch(setting.steps * (left if is_fine else dense).floor(rates, precision)),
                 details={"seconds": turns.all(name), **(prepared if is_fine else {})},
             )
         )
@@ -76,16 +94,28 @@ def prepare(tell: Tell, setting: Setting, network: str, reg: str, file: str) -> 
     tell(seconds=0.0, accuracy_before_pruning=accuracy, **_left(pruned))
 
 
-def _left(members: Population) -> dict[str, float]:
+def work_left(network: str, live: dict[str, tuple[int, int]], weights: int) -> Work:
+    """The work of a step of the live inputs and outputs alone; weights: those that are trained."""
+    dense = module(network)
+    layers = []
+    for (name, (inputs, outputs)), (_, units) in zip(live.items(), layer_sizes(dense, (1, 28, 28))):
+        shape = dense.get_parameter(name).shape
+        kernel, positions = shape[2:].numel(), units // shape[0]
+        layers.append((inputs * outputs * kernel * positions, outputs * positions))
+    return work_of(layers, next(iter(live.values()))[0], weights, BATCH_SIZE)
+
+
+def _left(members: Population) -> dict[str, Any]:
     """The share of the weights that is left, and the live inputs and outputs of every layer."""
     views = {
         name: to_view(parameter[0], members.layouts[name])
         for name, parameter in members.parameters.items()
         if members.layouts[name].kind == "weight"
     }
-    share = sum(int((view != 0).sum()) for view in views.values()) / sum(view.numel() for view in views.values())
-    live = {f"{name}.live": [int(live_inputs(v).sum()), int(live_outputs(v).sum())] for name, v in views.items()}
-    return {"share_left": share, **live}
+    weights = sum(int((view != 0).sum()) for view in views.values())
+    share = weights / sum(view.numel() for view in views.values())
+    live = {name: (int(live_inputs(view).sum()), int(live_outputs(view).sum())) for name, view in views.items()}
+    return {"weights": weights, "share_left": share, "live": live}
 
 
 def train_dense(tell: Tell, setting: Setting, network: str, way: Way, precision: str) -> None:

@@ -58,15 +58,21 @@ class Work:
 
 def work(module: nn.Module, input_shape: tuple[int, ...], batch_size: int, *, penalised: bool) -> Work:
     """The work of a training step with Adam, and with a penalty on all weights."""
-    layers = layer_sizes(module, input_shape)
-    macs = [size for size, _ in layers]
-    units = batch_size * (sum(units for _, units in layers) + torch.Size(input_shape).numel() // ACTIVATION_PASSES)
     weights = sum(parameter.numel() for parameter in module.parameters())
+    inputs = torch.Size(input_shape).numel()
+    return work_of(layer_sizes(module, input_shape), inputs, weights, batch_size, penalised=penalised)
+
+
+def work_of(
+    layers: list[tuple[int, int]], inputs: int, weights: int, batch_size: int, *, penalised: bool = False
+) -> Work:
+    """The work of a step of layers with the multiply-accumulates and output units given, for one image."""
+    activations = batch_size * (ACTIVATION_PASSES * sum(units for _, units in layers) + inputs)  # images are read once
     weight_passes = OPTIMIZER_PASSES + GRADIENT_PASSES + penalised * PENALTY_PASSES
     return Work(
-        flops=step_flops(macs, batch_size),
-        passed=FLOAT * (weight_passes * weights + ACTIVATION_PASSES * units),
-        held=FLOAT * (COPIES_HELD * weights + units),
+        flops=step_flops([macs for macs, _ in layers], batch_size),
+        passed=FLOAT * (weight_passes * weights + activations),
+        held=FLOAT * (COPIES_HELD * weights + batch_size * (sum(units for _, units in layers) + inputs)),
     )
 
 

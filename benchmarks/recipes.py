@@ -40,7 +40,6 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
         details = {"plain_seconds": plain, "seconds": result["seconds"], "command": result["environment"]["command"]}
         label = f"{network} {' '.join([RECIPES[network][0], *RECIPES[network][1]])}"
         report.add(Figure(PART, f"{label}, plain", plain / 60, "min, extrapolated"))
-        # the ratio has no target of its own
         report.add(Figure(PART, label, seconds / 60, "min", target=target, details=details))
         report.add(Figure(PART, f"{label}: plain / ours", plain / seconds, "×"))
         for name, (value, unit) in outcome.items():

@@ -5,6 +5,7 @@ threads that a process starts afterwards, the threads themselves, and memory.
 """
 
 import contextlib
+import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -45,6 +46,7 @@ def _serve(pipe: Connection, function: Function, arguments: tuple[Any, ...]) -> 
         pipe.send(reading)
         pipe.recv()
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that there is no GPU is no news
     with contextlib.suppress(EOFError, KeyboardInterrupt):  # nobody asks any more
         pipe.recv()
         function(tell, *arguments)

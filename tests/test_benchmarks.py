@@ -55,11 +55,11 @@ def test_floating_point_operations_of_lenet5():
 
 
 def test_bytes_of_lenet300():
-    parameters, units = 266_610, 100 * 410 + 100 * 784 // 4  # the images are read once, what layers give four times
+    parameters, units, inputs = 266_610, 100 * 410, 100 * 784
     for penalised in (False, True):
         done = work(subjects.module("lenet300"), IMAGE, 100, penalised=penalised)
-        assert done.passed == 4 * ((8 + penalised) * parameters + 4 * units)
-    assert done.held == 4 * (4 * parameters + units)
+        assert done.passed == 4 * ((8 + penalised) * parameters + 4 * units + inputs)
+    assert done.held == 4 * (4 * parameters + units + inputs)
 
 
 def test_floor_is_the_sum_of_products_and_passes():
@@ -127,7 +127,11 @@ def test_finetuning_what_is_left(tmp_path, monkeypatch):
     monkeypatch.setattr(finetune, "EPOCHS", {"pretrain": 1, "regularize": 1})
     file = str(tmp_path / "pruned.pt")
     (prepared,) = readings(1, finetune.prepare, SETTING, "lenet300", "hs", file)
-    assert prepared["share_left"] == pytest.approx(0.02, abs=1e-4) and prepared["fc3.weight.live"][1] <= 10
+    assert prepared["share_left"] == pytest.approx(0.02, abs=1e-4) and prepared["live"]["fc3.weight"][1] <= 10
+    left = finetune.work_left("lenet300", prepared["live"], weights=5324)
+    (_, few), (one, other), (last, _) = prepared["live"].values()
+    inputs, hidden = prepared["live"]["fc1.weight"][0] * few, one * other + last * prepared["live"]["fc3.weight"][1]
+    assert left.flops == 2 * 100 * (2 * inputs + 3 * hidden)
     for function, more in ((finetune.train_dense, ()), (finetune.finetune, (file,))):
         found = readings(2, function, SETTING, "lenet300", "recorded", "float32", *more)
         assert all(reading["seconds"] > 0 for reading in found)
