@@ -31,11 +31,13 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
 
 
 def _case(setting: Setting, report: Report, rates: Rates, network: str, reg: str) -> None:
+    chosen = default(network)
     own = {f"{way} {precision}": (way, precision) for precision in PRECISIONS for way in WAYS}
+    if setting.quick:
+        own = {" ".join(chosen): chosen}
     calls = {name: (our_epochs, setting, network, reg, *how) for name, how in own.items()}
     turns = Turns({"plain": (plain_epochs, setting, network, reg), **calls}, setting.rounds)
     step = work(module(network), (1, 28, 28), BATCH_SIZE, penalised=reg != "none")
-    chosen = default(network)
     for name in turns.first:
         precision = own[name][1] if name in own else "float32"
         is_default = own.get(name) == chosen
@@ -52,7 +54,7 @@ def _case(setting: Setting, report: Report, rates: Rates, network: str, reg: str
                 details={"seconds": turns.all(name), "one_off_seconds": turns.one_off(name)},
             )
         )
-    for name in (f"{way} {chosen[1]}" for way in WAYS[1:]):
+    for name in (" ".join(how) for how in own.values() if how[0] != "eager" and how[1] == chosen[1]):
         report.add(Figure(PART, f"{network} {reg}: {name}, once a stage", turns.one_off(name), "s"))
 
 

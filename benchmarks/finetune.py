@@ -11,7 +11,7 @@ from benchmarks.floor import Rates, Work, layer_sizes, work, work_of
 from benchmarks.report import Figure, Report, Target
 from benchmarks.subjects import (
     BATCH_SIZE,
-    WITHOUT_END,
+    FULL_EPOCH,
     Setting,
     Told,
     default,
@@ -27,16 +27,16 @@ from sparsity.accounting import live_inputs, live_outputs
 from sparsity.capture import Way
 from sparsity.experiment.parts import machine
 from sparsity.population import Population
+from sparsity.step import Penalty
 from sparsity.tensors import to_view
-from sparsity.training import Watcher
+from sparsity.training import Loop, Watcher
 
 PART = "finetune"
 WAYS = ("recorded", "compiled")
 REGS = {"lenet300": "hs", "lenet5": "group_hs"}
 TARGETS = {"lenet300": 3}
 SHARE_LEFT = 0.02  # of the weights
-EPOCHS = {"pretrain": 2, "regularize": 6}  # before pruning
-ENDLESS = dict.fromkeys(("pretrain", "finetune"), WITHOUT_END)
+BEFORE = {"pretrain": (10, 2e-3), "regularize": (20, 4e-3)}  # epochs and learning rate, as schedule=fast has them
 DECAYS = {"hs": 1e-4, "group_hs": 2e-3}  # of the regularizers' YAMLs
 
 
@@ -59,7 +59,7 @@ def _case(
     """The floor is that of the training steps; the seconds count evaluation too, of test as well in finetuning."""
     precision = default(network)[1]
     calls = {}
-    for way in WAYS:
+    for way in WAYS[: 1 if setting.quick else None]:
         calls[f"dense, {way}"] = (train_dense, setting, network, way, precision)
         calls[f"finetuned, {way}"] = (finetune, setting, network, way, precision, file)
     turns = Turns(calls, setting.rounds)
@@ -77,16 +77,24 @@ def _case(
                 ratio=turns.ratio(f"dense, {way}", name) if is_fine else None,
                 target=Target(TARGETS[network], at_least=True) if is_fine and network in TARGETS else None,
                 floor=setting.per_epoch(setting.steps * (left if is_fine else dense).floor(rates, precision)),
-                details={"seconds": turns.all(name), **(prepared if is_fine else {})},
+                details={**(prepared if is_fine else {}), "seconds": turns.all(name)},
             )
         )
 
 
 def prepare(tell: Tell, setting: Setting, network: str, reg: str, file: str) -> None:
-    """Trains a network dense, then with the penalty, prunes it, writes it, and tells what is left."""
+    """Trains a network dense, then with the penalty, prunes it, writes it, and tells what is left.
+
+    On all images and as long as a tuned recipe does: what is dead then is what finetuning meets.
+    """
+    if not setting.quick:
+        setting = replace(setting, images=FULL_EPOCH)
+    lengths = {stage: (1 if setting.quick else epochs, lr) for stage, (epochs, lr) in BEFORE.items()}
+    precision = default(network)[1]
+    loops = {stage: loop("recorded", precision, epochs, lr, "cosine") for stage, (epochs, lr) in lengths.items()}
     with machine(None):
         members = population(network)
-        parts = _ingredients(setting, members, "recorded", default(network)[1], Watcher(), EPOCHS, reg)
+        parts = _ingredients(setting, members, loops, Watcher(), penalty(reg, members, DECAYS[reg]))
         trained = stages.regularize(stages.pretrain(members, parts).last, parts)
         pruned = stages.prune(trained.last, parts).population
     torch.save({"parameters": pruned.parameters, "masks": pruned.masks}, file)
@@ -122,29 +130,21 @@ def train_dense(tell: Tell, setting: Setting, network: str, way: Way, precision:
     """Tells the seconds of epoch after epoch of pretraining."""
     with machine(None):
         members = population(network)
-        stages.pretrain(members, _ingredients(setting, members, way, precision, Told(tell)))
+        stages.pretrain(members, _ingredients(setting, members, {"pretrain": loop(way, precision)}, Told(tell)))
 
 
 def finetune(tell: Tell, setting: Setting, network: str, way: Way, precision: str, file: str) -> None:
     """Tells the seconds of epoch after epoch of finetuning the network of a file, as the stage does it."""
     with machine(None):
         pruned = replace(population(network), **torch.load(file))
-        stages.finetune(pruned, _ingredients(setting, pruned, way, precision, Told(tell)))
+        stages.finetune(pruned, _ingredients(setting, pruned, {"finetune": loop(way, precision)}, Told(tell)))
 
 
 def _ingredients(
-    setting: Setting,
-    members: Population,
-    way: Way,
-    precision: str,
-    watcher: Watcher,
-    epochs: dict[str, int] = ENDLESS,
-    reg: str = "none",
+    setting: Setting, members: Population, loops: dict[str, Loop], watcher: Watcher, penalty: Penalty | None = None
 ) -> stages.Ingredients:
     """What the stages need, with the percentile rule."""
     weights = [name for name, layout in members.layouts.items() if layout.kind == "weight"]
-    mask = stages.Method(pruning.percentile)
-    rule = stages.Rule(mask, None, True, False, [(weights, torch.tensor([1 - SHARE_LEFT]))])
-    loops = {stage: loop(way, precision, count) for stage, count in epochs.items()}
-    penalised = penalty(reg, members, DECAYS.get(reg, 0.0))
-    return stages.Ingredients(splits(setting, validated=True), loops, penalised, rule, [0], lambda stage: watcher)
+    pools = [(weights, torch.tensor([1 - SHARE_LEFT]))]
+    rule = stages.Rule(stages.Method(pruning.percentile), cut=None, whole=True, structural=False, pools=pools)
+    return stages.Ingredients(splits(setting, validated=True), loops, penalty, rule, [0], lambda stage: watcher)

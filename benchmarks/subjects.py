@@ -94,9 +94,9 @@ def penalty(reg: str, members: Population, decay: float = DECAY) -> Penalty | No
     return Penalty(function, torch.full((members.num_members,), decay, device=members.device), {})
 
 
-def loop(way: Way, precision: str, epochs: int = WITHOUT_END, lr: float = 1e-3) -> Loop:
-    """Adam at a constant learning rate."""
-    rate = partial(learning_rate, lr=lr, shape="constant", warmup=0.0)
+def loop(way: Way, precision: str, epochs: int = WITHOUT_END, lr: float = 1e-3, shape: str = "constant") -> Loop:
+    """Adam, at a constant learning rate unless the shape says otherwise."""
+    rate = partial(learning_rate, lr=lr, shape=shape, warmup=0.0)
     return Loop(epochs, BATCH_SIZE, rate, partial(torch.optim.Adam, fused=True, lr=lr), PRECISIONS[precision], way)
 
 

@@ -123,8 +123,7 @@ def test_our_epochs(way, members):
     assert all(reading["seconds"] > 0 and "bytes" in reading for reading in found)
 
 
-def test_finetuning_what_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(finetune, "EPOCHS", {"pretrain": 1, "regularize": 1})
+def test_finetuning_what_is_left(tmp_path):
     file = str(tmp_path / "pruned.pt")
     (prepared,) = readings(1, finetune.prepare, SETTING, "lenet300", "hs", file)
     assert prepared["share_left"] == pytest.approx(0.02, abs=1e-4) and prepared["live"]["fc3.weight"][1] <= 10
