@@ -12,7 +12,7 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
 
 bench: $(VENV)/.installed
-	$(VENV)/bin/python benchmarks/epoch.py
+	$(VENV)/bin/python -m benchmarks
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,74 @@
+"""Seconds per epoch of training on a CPU beside the plain loop."""
+
+import os
+import tempfile
+
+from benchmarks.floor import Rates, work
+from benchmarks.plain import plain_epochs
+from benchmarks.report import Figure, Report, Target
+from benchmarks.subjects import BATCH_SIZE, NETWORKS, PRECISIONS, Setting, default, module, our_epochs
+from benchmarks.turns import Contender, Tell, Turns
+
+PART = "epochs"
+UNIT = "s / 60,000 images"
+WAYS = ("eager", "recorded", "compiled")
+CASES = [(network, reg) for network in NETWORKS for reg in ("none", "hs", "group_hs")]
+FEW_CASES = [("lenet300", "hs")]
+TARGETS = {("lenet300", "hs"): 6, ("lenet5", "hs"): 5, ("lenet5", "group_hs"): 5}
+
+
+def measure(setting: Setting, report: Report, rates: Rates) -> None:
+    """An epoch of each network and regularizer, by every way in both precisions, in turns with the plain loop."""
+    report.heading("an epoch on the CPU; ratio: plain loop / ours")
+    cases = FEW_CASES if setting.quick else CASES
+    for network, reg in cases:
+        if network in setting.networks:
+            _case(setting, report, rates, network, reg)
+    report.heading("what compiling takes once, in a process that has not compiled before")
+    for network, reg in TARGETS:
+        if (network, reg) in cases and network in setting.networks:
+            _compiling(setting, report, network, reg)
+
+
+def _case(setting: Setting, report: Report, rates: Rates, network: str, reg: str) -> None:
+    chosen = default(network)
+    own = {f"{way} {precision}": (way, precision) for precision in PRECISIONS for way in WAYS}
+    if setting.quick:
+        own = {" ".join(chosen): chosen}
+    calls = {name: (our_epochs, setting, network, reg, *how) for name, how in own.items()}
+    turns = Turns({"plain": (plain_epochs, setting, network, reg), **calls}, setting.rounds)
+    step = work(module(network), (1, 28, 28), BATCH_SIZE, penalised=reg != "none")
+    for name in turns.first:
+        precision = own[name][1] if name in own else "float32"
+        is_default = own.get(name) == chosen
+        target = TARGETS.get((network, reg)) if is_default else None
+        report.add(
+            Figure(
+                PART,
+                f"{network} {reg}: {name}{' (auto, of a long stage)' if is_default else ''}",
+                setting.per_epoch(turns.median(name)),
+                UNIT,
+                ratio=turns.ratio("plain", name) if name in own else None,
+                target=target and Target(target, at_least=True),
+                floor=setting.per_epoch(setting.steps * step.floor(rates, precision)),
+                details={"seconds": turns.all(name), "one_off_seconds": turns.one_off(name)},
+            )
+        )
+    for name in (" ".join(how) for how in own.values() if how[0] != "eager" and how[1] == chosen[1]):
+        report.add(Figure(PART, f"{network} {reg}: {name}, once a stage", turns.one_off(name), "s"))
+
+
+def _compiling(setting: Setting, report: Report, network: str, reg: str) -> None:
+    """Two processes with one cache of the compiler's, which is empty for the first."""
+    with tempfile.TemporaryDirectory() as cache:
+        for state in ("empty", "filled"):
+            contender = Contender(compiling, setting, network, reg, default(network)[1], cache)
+            once = contender.turn()["seconds"] - contender.turn()["seconds"]
+            contender.stop()
+            report.add(Figure(PART, f"{network} {reg}: compiled, cache {state}", once, "s"))
+
+
+def compiling(tell: Tell, setting: Setting, network: str, reg: str, precision: str, cache: str) -> None:
+    """Tells the seconds of epochs by compiled steps, with a cache in the folder given."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    our_epochs(tell, setting, network, reg, "compiled", precision)

@@ -1,0 +1,150 @@
+"""Seconds per epoch of finetuning what pruning left, beside an epoch of training the network dense."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.floor import Rates, Work, layer_sizes, work, work_of
+from benchmarks.report import Figure, Report, Target
+from benchmarks.subjects import (
+    BATCH_SIZE,
+    FULL_EPOCH,
+    Setting,
+    Told,
+    default,
+    loop,
+    module,
+    penalty,
+    population,
+    splits,
+)
+from benchmarks.turns import Contender, Tell, Turns
+from sparsity import pruning, stages
+from sparsity.accounting import live_inputs, live_outputs
+from sparsity.capture import Way
+from sparsity.experiment.parts import machine
+from sparsity.population import Population
+from sparsity.step import Penalty
+from sparsity.tensors import to_view
+from sparsity.training import Loop, Watcher
+
+PART = "finetune"
+WAYS = ("recorded", "compiled")
+REGS = {"lenet300": "hs", "lenet5": "group_hs"}
+TARGETS = {"lenet300": 3}
+SHARE_LEFT = 0.02  # of the weights
+BEFORE = {"pretrain": (10, 2e-3), "regularize": (20, 4e-3)}  # epochs and learning rate, as schedule=fast has them
+DECAYS = {"hs": 1e-4, "group_hs": 2e-3}  # of the regularizers' YAMLs
+
+
+def measure(setting: Setting, report: Report, rates: Rates) -> None:
+    """An epoch of finetuning 2 % of the weights, and of training dense, by every way of computing a step."""
+    report.heading(f"finetuning {SHARE_LEFT:.0%} of the weights on the CPU; ratio: training dense / finetuning")
+    for network in setting.networks[: 1 if setting.quick else None]:
+        reg = REGS[network]
+        with tempfile.TemporaryDirectory() as folder:
+            file = str(Path(folder) / "pruned.pt")
+            contender = Contender(prepare, setting, network, reg, file)
+            prepared = contender.turn()
+            contender.stop()
+            _case(setting, report, rates, network, reg, file, prepared)
+
+
+def _case(
+    setting: Setting, report: Report, rates: Rates, network: str, reg: str, file: str, prepared: dict[str, Any]
+) -> None:
+    """The floor is that of the training steps; the seconds count evaluation too, of test as well in finetuning."""
+    precision = default(network)[1]
+    calls = {}
+    for way in WAYS[: 1 if setting.quick else None]:
+        calls[f"dense, {way}"] = (train_dense, setting, network, way, precision)
+        calls[f"finetuned, {way}"] = (finetune, setting, network, way, precision, file)
+    turns = Turns(calls, setting.rounds)
+    dense = work(module(network), (1, 28, 28), BATCH_SIZE, penalised=False)
+    left = work_left(network, prepared["live"], prepared["weights"])
+    for name in calls:
+        kind, way = name.split(", ")
+        is_fine = kind == "finetuned"
+        report.add(
+            Figure(
+                PART,
+                f"{network} {reg}: {name} {precision}",
+                setting.per_epoch(turns.median(name)),
+                "s / 60,000 images",
+                ratio=turns.ratio(f"dense, {way}", name) if is_fine else None,
+                target=Target(TARGETS[network], at_least=True) if is_fine and network in TARGETS else None,
+                floor=setting.per_epoch(setting.steps * (left if is_fine else dense).floor(rates, precision)),
+                details={**(prepared if is_fine else {}), "seconds": turns.all(name)},
+            )
+        )
+
+
+def prepare(tell: Tell, setting: Setting, network: str, reg: str, file: str) -> None:
+    """Trains a network dense, then with the penalty, prunes it, writes it, and tells what is left.
+
+    On all images and as long as a tuned recipe does: what is dead then is what finetuning meets.
+    """
+    if not setting.quick:
+        setting = replace(setting, images=FULL_EPOCH)
+    lengths = {stage: (1 if setting.quick else epochs, lr) for stage, (epochs, lr) in BEFORE.items()}
+    precision = default(network)[1]
+    loops = {stage: loop("recorded", precision, epochs, lr, "cosine") for stage, (epochs, lr) in lengths.items()}
+    with machine(None):
+        members = population(network)
+        parts = _ingredients(setting, members, loops, Watcher(), penalty(reg, members, DECAYS[reg]))
+        trained = stages.regularize(stages.pretrain(members, parts).last, parts)
+        pruned = stages.prune(trained.last, parts).population
+    torch.save({"parameters": pruned.parameters, "masks": pruned.masks}, file)
+    (accuracy,) = trained.history[-1].validation
+    tell(seconds=0.0, accuracy_before_pruning=accuracy, **_left(pruned))
+
+
+def work_left(network: str, live: dict[str, tuple[int, int]], weights: int) -> Work:
+    """The work of a step of the live inputs and outputs alone; weights: those that are trained."""
+    dense = module(network)
+    layers = []
+    for (name, (inputs, outputs)), (_, units) in zip(live.items(), layer_sizes(dense, (1, 28, 28))):
+        shape = dense.get_parameter(name).shape
+        kernel, positions = shape[2:].numel(), units // shape[0]
+        layers.append((inputs * outputs * kernel * positions, outputs * positions))
+    return work_of(layers, next(iter(live.values()))[0], weights, BATCH_SIZE)
+
+
+def _left(members: Population) -> dict[str, Any]:
+    """The share of the weights that is left, and the live inputs and outputs of every layer."""
+    views = {
+        name: to_view(parameter[0], members.layouts[name])
+        for name, parameter in members.parameters.items()
+        if members.layouts[name].kind == "weight"
+    }
+    weights = sum(int((view != 0).sum()) for view in views.values())
+    share = weights / sum(view.numel() for view in views.values())
+    live = {name: (int(live_inputs(view).sum()), int(live_outputs(view).sum())) for name, view in views.items()}
+    return {"weights": weights, "share_left": share, "live": live}
+
+
+def train_dense(tell: Tell, setting: Setting, network: str, way: Way, precision: str) -> None:
+    """Tells the seconds of epoch after epoch of pretraining."""
+    with machine(None):
+        members = population(network)
+        stages.pretrain(members, _ingredients(setting, members, {"pretrain": loop(way, precision)}, Told(tell)))
+
+
+def finetune(tell: Tell, setting: Setting, network: str, way: Way, precision: str, file: str) -> None:
+    """Tells the seconds of epoch after epoch of finetuning the network of a file, as the stage does it."""
+    with machine(None):
+        pruned = replace(population(network), **torch.load(file))
+        stages.finetune(pruned, _ingredients(setting, pruned, {"finetune": loop(way, precision)}, Told(tell)))
+
+
+def _ingredients(
+    setting: Setting, members: Population, loops: dict[str, Loop], watcher: Watcher, penalty: Penalty | None = None
+) -> stages.Ingredients:
+    """What the stages need, with the percentile rule."""
+    weights = [name for name, layout in members.layouts.items() if layout.kind == "weight"]
+    pools = [(weights, torch.tensor([1 - SHARE_LEFT]))]
+    rule = stages.Rule(stages.Method(pruning.percentile), cut=None, whole=True, structural=False, pools=pools)
+    return stages.Ingredients(splits(setting, validated=True), loops, penalty, rule, [0], lambda stage: watcher)
