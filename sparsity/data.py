@@ -49,7 +49,7 @@ class Images:
     def take(self, index: Tensor) -> "Images":
         """The images and labels of an index [k]."""
         index = index.to(self.images.device)
-        return Images(self.images[index], self.labels[index])
+        return Images(select(self.images, index), self.labels[index])
 
     def keep(self, pixels: Tensor) -> "Images":
         """The set with some pixels of each flattened image alone: [n, kept]."""
@@ -59,7 +59,7 @@ class Images:
         """Batches of [members, batch] images in the members' orders [members, n]."""
         target = self.device or self.images.device
         for index in cut(order.to(self.images.device), batch_size):
-            yield Images(self.images[index].to(target), self.labels[index].to(target))
+            yield Images(select(self.images, index).to(target), self.labels[index].to(target))
 
     @property
     def num_bytes(self) -> int:
@@ -123,6 +123,11 @@ def cut(order: Tensor, batch_size: int) -> list[Tensor]:
     if len(batches) > 1 and batches[-1].shape[-1] == 1:
         batches[-2:] = [torch.cat(batches[-2:], dim=-1)]
     return batches
+
+
+def select(images: Tensor, index: Tensor) -> Tensor:
+    """Images [*index, *shape] of a set [n, *shape]: whole rows are copied, which indexing does entry by entry."""
+    return images.index_select(0, index.reshape(-1)).view(*index.shape, *images.shape[1:])
 
 
 def lies_on(data: Images | Files, device: torch.device) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsity.capture import Function, Replayed, Way
-from sparsity.data import Splits, cut, lies_on
+from sparsity.data import Splits, cut, lies_on, select
 from sparsity.population import Population, over_members
 from sparsity.tensors import Tensors
 
@@ -68,7 +68,7 @@ class Step:
         return self.whole(*arguments)[0]
 
     def _gather(self, index: Tensor) -> list[Tensor]:
-        return [self.train.images[index], self.train.labels[index]]
+        return [select(self.train.images, index), self.train.labels[index]]
 
     @property
     def rate(self) -> float:
