@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 @pytest.mark.slow
 def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
     function = re.search(r"```python\n(def log_sum.*?)```", README, re.DOTALL)[1]
-    yaml = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1]
+    yaml = re.search(r"```yaml\n(decay.*?)```", README, re.DOTALL)[1]
     for name in ("conf", "sparsity", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("main.py", "pyproject.toml"):
