@@ -31,7 +31,7 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
 
 
 def _case(setting: Setting, report: Report, rates: Rates, network: str, reg: str) -> None:
-    chosen = default(network)
+    chosen = default(network, reg=reg)
     own = {f"{way} {precision}": (way, precision) for precision in PRECISIONS for way in WAYS}
     if setting.quick:
         own = {" ".join(chosen): chosen}

@@ -41,7 +41,12 @@ DECAYS = {"hs": 1e-4, "group_hs": 2e-3}  # of the regularizers' YAMLs
 
 
 def measure(setting: Setting, report: Report, rates: Rates) -> None:
-    """An epoch of finetuning 2 % of the weights, and of training dense, by every way of computing a step."""
+    """A whole epoch of finetuning 2 % of the weights, and of training dense, by every way of computing a step.
+
+    Not of fewer images: each epoch ends with an evaluation, which would then count for more than its share.
+    """
+    if not setting.quick:
+        setting = replace(setting, images=FULL_EPOCH)
     report.heading(f"finetuning {SHARE_LEFT:.0%} of the weights on the CPU; ratio: training dense / finetuning")
     for network in setting.networks[: 1 if setting.quick else None]:
         reg = REGS[network]
@@ -85,10 +90,8 @@ def _case(
 def prepare(tell: Tell, setting: Setting, network: str, reg: str, file: str) -> None:
     """Trains a network dense, then with the penalty, prunes it, writes it, and tells what is left.
 
-    On all images and as long as a tuned recipe does: what is dead then is what finetuning meets.
+    As long as a tuned recipe does: what is dead then is what finetuning meets.
     """
-    if not setting.quick:
-        setting = replace(setting, images=FULL_EPOCH)
     lengths = {stage: (1 if setting.quick else epochs, lr) for stage, (epochs, lr) in BEFORE.items()}
     precision = default(network)[1]
     loops = {stage: loop("recorded", precision, epochs, lr, "cosine") for stage, (epochs, lr) in lengths.items()}

@@ -100,11 +100,12 @@ def loop(way: Way, precision: str, epochs: int = WITHOUT_END, lr: float = 1e-3, 
     return Loop(epochs, BATCH_SIZE, rate, partial(torch.optim.Adam, fused=True, lr=lr), PRECISIONS[precision], way)
 
 
-def default(network: str, num_steps: int = LONG_STAGE, device: str = "cpu") -> tuple[Way, str]:
-    """What `step=auto precision=auto` take for a stage of so many steps."""
-    run = config.read(config.compose([f"model={network}"])[0])
+def default(network: str, num_steps: int = LONG_STAGE, device: str = "cpu", *, reg: str = "hs") -> tuple[Way, str]:
+    """What `step=auto precision=auto` take for a stage of so many steps, regularizing unless reg is none."""
+    run = config.read(config.compose([f"model={network}", f"reg={reg}"])[0])
     members = population(network, device=device)
-    return way_of(run, members, num_steps), precision_of(run, members.device)
+    stage = "pretrain" if reg == "none" else "regularize"
+    return way_of(run, stage, members, num_steps), precision_of(run, members.device)
 
 
 class Told(Watcher):

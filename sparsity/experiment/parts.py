@@ -263,20 +263,21 @@ def _loop(run: Run, stage: str, population: Population, splits: Splits) -> Loop:
         learning_rate=partial(learning_rate, lr=numbers.lr, shape=numbers.shape, warmup=numbers.warmup),
         optimizer=optimizer,
         precision=PRECISIONS[precision_of(run, population.device)],
-        way=way_of(run, population, num_steps),
+        way=way_of(run, stage, population, num_steps),
     )
 
 
-def way_of(run: Run, population: Population, num_steps: int) -> Way:
+def way_of(run: Run, stage: str, population: Population, num_steps: int) -> Way:
     """How the steps of a stage are computed; `auto` leaves a module alone whose code may depend on values.
 
-    Convolutions are not compiled: the compiler's own are slower, and what is left of the step gains little.
+    Of a network with convolutions the penalty alone is compiled: the compiler's own convolutions are slower.
     """
     if run.step != "auto":
         return run.step
     if num_steps < WORTH_RECORDING or not is_known(population.module):
         return "eager"
-    is_compiled = num_steps >= WORTH_COMPILING and population.device.type == "cpu" and not convolves(population)
+    has_gain = not convolves(population) or (stage == "regularize" and run.reg.penalty is not None)
+    is_compiled = has_gain and num_steps >= WORTH_COMPILING and population.device.type == "cpu"
     return "compiled" if is_compiled else "recorded"
 
 
