@@ -282,7 +282,7 @@ def way_of(run: Run, stage: str, population: Population, num_steps: int) -> Way:
 
 
 # Steps of a stage. Recording takes 0.3 s and gains 0.5 ms a step on LeNet-300-100 with HS; compiling gains 0.7 ms more
-# and takes 2 s, or once 15 s on a machine that has not compiled the network before.
+# and takes 2 s, or once 11 s on a machine that has not compiled the network before.
 WORTH_RECORDING, WORTH_COMPILING = 1_000, 8_000
 
 
