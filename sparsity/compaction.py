@@ -100,6 +100,11 @@ def compact(population: Population, splits: Splits) -> Compacted:
         if trouble is None:
             return compacted
         log.info(f"compaction{' of images' if images else ''} is left out: {trouble}")
+    return whole(population, splits)
+
+
+def whole(population: Population, splits: Splits) -> Compacted:
+    """The population as it is."""
     return _with(population, splits, {}, {})
 
 

@@ -49,7 +49,7 @@ class Images:
     def take(self, index: Tensor) -> "Images":
         """The images and labels of an index [k]."""
         index = index.to(self.images.device)
-        return Images(select(self.images, index), self.labels[index])
+        return replace(self, images=select(self.images, index), labels=self.labels[index])
 
     def keep(self, pixels: Tensor) -> "Images":
         """The set with some pixels of each flattened image alone: [n, kept]."""

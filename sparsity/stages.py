@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsity.compaction import compact
+from sparsity.compaction import compact, whole
 from sparsity.data import Splits
 from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
@@ -102,9 +102,10 @@ def prune(population: Population, parts: Ingredients) -> Pruned:
 def finetune(population: Population, parts: Ingredients) -> Trained:
     """Training in which every zero weight and bias stays zero; the epoch is selected on validation.
 
-    What this makes dead takes no part in it.
+    What this makes dead takes no part in it, unless the optimizer makes entries depend on each other.
     """
-    small = compact(_holding_zeros(population), parts.splits)
+    held = _holding_zeros(population)
+    small = (compact if parts.loops["finetune"].elementwise else whole)(held, parts.splits)
     trained = _train("finetune", small.population, replace(parts, splits=small.splits), select=True)
     return replace(trained, last=small.restore(trained.last), selected=small.restore(trained.selected))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsity.capture import Function, Replayed, Way
-from sparsity.data import Splits, cut, lies_on, select
+from sparsity.data import Images, Splits, cut, lies_on, select
 from sparsity.population import Population, over_members
 from sparsity.tensors import Tensors
 
@@ -54,7 +54,9 @@ class Step:
             _penalised(population, penalty, moved),
             _update(self.optimizer, moved),
         ]
-        self.whole = _replayed([self._gather, *functions] if self.gathers else functions, way, population)
+        if self.gathers:
+            functions.insert(0, _gathered(self.train))
+        self.whole = _replayed(functions, way, population, self.optimizer)
 
     def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
         """The arguments of every step of an epoch, in the members' orders [members, n]."""
@@ -66,9 +68,6 @@ class Step:
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Takes the step on one batch."""
         return self.whole(*arguments)[0]
-
-    def _gather(self, index: Tensor) -> list[Tensor]:
-        return [select(self.train.images, index), self.train.labels[index]]
 
     @property
     def rate(self) -> float:
@@ -86,7 +85,8 @@ class Step:
 
 def try_step(population: Population, splits: Splits, precision: torch.dtype) -> None:
     """Raises what a training step would raise on two images; changes nothing."""
-    _moved(leaves(population), splits, None, precision)
+    if not _moved(leaves(population), splits, None, precision):
+        raise ValueError("its output depends on no parameter that is not frozen")
 
 
 def leaves(population: Population) -> Population:
@@ -100,6 +100,11 @@ def leaves(population: Population) -> Population:
 
 
 # --- the three functions: each takes what the one before gives -------------------------------------------------------
+
+
+def _gathered(train: Images) -> Function:
+    """An index [members, batch] to its images and labels."""
+    return lambda index: [select(train.images, index), train.labels[index]]
 
 
 def _gradients(population: Population, splits: Splits, precision: torch.dtype, moved: Tensors) -> Function:
@@ -197,19 +202,28 @@ def _reached(value: Tensor, tensors: Tensors) -> Tensors:
 # --- how they are computed -------------------------------------------------------------------------------------------
 
 
-def _replayed(functions: Sequence[Function], way: Way, population: Population) -> Function:
+def _replayed(
+    functions: Sequence[Function], way: Way, population: Population, optimizer: torch.optim.Optimizer
+) -> Function:
     """The functions one after the other, recorded in the pieces that are best for it."""
     if way == "eager":
         return _chain(functions)
+    piece = partial(Replayed, device=population.device, changes=partial(_changing, population, optimizer))
     if population.device.type == "cuda":
-        return Replayed(_chain(functions), way, population.device)
+        return piece(_chain(functions), way)
     *before, last = functions
     # the compiler's convolutions are slower than those that it replaces, and it has nothing to gain on the optimizer
-    pieces = [([each], "recorded" if index == 0 else way) for index, each in enumerate(before)]
-    if not convolves(population):
-        pieces = [(before, way)]
-    pieces.append(([last], "recorded"))
-    return _chain([Replayed(_chain(piece), own, population.device) for piece, own in pieces])
+    if convolves(population):
+        first = [piece(each, "recorded" if index == 0 else way) for index, each in enumerate(before)]
+    else:
+        first = [piece(_chain(before), way)]
+    return _chain([*first, piece(last, "recorded")])
+
+
+def _changing(population: Population, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors that a step changes in place."""
+    states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    return [*population.parameters.values(), *population.buffers.values(), *states]
 
 
 def _chain(functions: Sequence[Function]) -> Function:
@@ -230,14 +244,23 @@ def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
     return all(group.get("fused") for group in optimizer.param_groups)
 
 
+ELEMENTWISE = ("Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "ASGD", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+
+
+def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer moves every entry by its own gradients alone, so that members keep apart."""
+    return type(optimizer).__module__.startswith("torch.optim") and type(optimizer).__name__ in ELEMENTWISE
+
+
 def _let_record(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Makes the learning rate a tensor, so that a recorded step reads it anew."""
     # a GPU's fused kernels read float32, a CPU's take the number from the tensor, whatever its type
-    kind = torch.float32 if device.type == "cuda" else torch.float64
+    kind = torch.float64 if device.type == "cpu" else torch.float32
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"], dtype=kind, device=device)
         if "capturable" in group and device.type == "cuda":
             group["capturable"] = True
+    optimizer._warned_capturable_if_run_uncaptured = True  # the first steps are not captured, and mean to be
 
 
 # --- the forward pass, and how tensors lie in memory -----------------------------------------------------------------

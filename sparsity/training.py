@@ -26,7 +26,8 @@ class Loop:
     learning_rate: Callable[[float], float]  # progress in [0, 1] to the learning rate
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]
     precision: torch.dtype = torch.float32
-    way: Way = "eager"  # how a step is computed: the same numbers up to the order of additions
+    way: Way = "eager"  # how a step is computed: the same numbers up to rounding
+    elementwise: bool = True  # whether the optimizer moves every entry by its own gradients alone
 
 
 class Epoch(NamedTuple):

@@ -1,6 +1,5 @@
 """A step that is recorded and replayed is the step itself, bit for bit; a compiled one up to the order of additions."""
 
-import logging
 from dataclasses import replace
 from functools import partial
 
@@ -15,7 +14,7 @@ from sparsity.models import build
 from sparsity.population import stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import total_penalty
-from sparsity.step import Penalty
+from sparsity.step import Penalty, is_elementwise
 from sparsity.training import Loop, train
 
 NETWORKS = {
@@ -95,16 +94,24 @@ def test_a_compiled_step_is_the_step(name, num_compiled, num_members, replays):
     assert replays.count("compiled") == num_compiled
 
 
-def test_what_cannot_be_recorded_runs_as_it_is(caplog):
-    class Branches(sample_networks.WithDropout):
-        def forward(self, images):
-            hidden = self.hidden(images.flatten(1))
-            return self.out(hidden.relu() if hidden.sum() > 0 else hidden)
+class Branches(sample_networks.WithDropout):
+    """Counts its batches, draws random numbers, and then looks at a value, which no recording can."""
 
+    def __init__(self, input_shape, num_classes):
+        super().__init__(input_shape, num_classes)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, images):
+        self.calls += self.training
+        hidden = self.drop(self.hidden(images.flatten(1)))
+        return self.out(hidden.relu() if hidden.sum() > 0 else hidden)
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     members = [build(Branches, (1, 6, 6), 2, 0)]
-    with caplog.at_level(logging.DEBUG):
-        check_same(*(trained(way, members) for way in ("eager", "recorded")))
-    assert "is not recorded" in caplog.text
+    eager, recorded = (trained(way, members) for way in ("eager", "recorded"))
+    check_same(eager, recorded)
+    assert recorded.last.buffers["calls"].item() == 3 * 7 and caplog.text.count("cannot be recorded") == 1
 
 
 def test_a_machine_without_a_compiler_records(monkeypatch, caplog):
@@ -119,6 +126,35 @@ def test_a_machine_without_a_compiler_records(monkeypatch, caplog):
     assert "the step is not compiled" in caplog.text and "no C++ compiler" in caplog.text
 
 
+@pytest.mark.slow
+def test_a_compiler_killed_while_it_wrote_costs_a_fresh_cache(tmp_path, monkeypatch, caplog):
+    """A compiled function whose file is empty is compiled anew, once, and what it changes is changed once."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    compiler, tries = torch.compile, []
+
+    def compile_badly(graph, **options):
+        tries.append(graph)
+        if len(tries) > 1:
+            return compiler(graph, **options)
+
+        def fail(*arguments):
+            raise torch._dynamo.exc.BackendCompilerFailed(print, ImportError("file too short"), None)
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile_badly)
+    members = [build(lambda: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(36), torch.nn.Linear(36, 2)),
+                     (1, 6, 6), 2, 0)]  # fmt: skip
+    eager, compiled = (trained(way, members, optimize="sgd") for way in ("eager", "compiled"))
+    check_same(eager, compiled, partial(torch.allclose, rtol=1e-3, atol=1e-5))
+    assert len(tries) == 2 and f"cache {tmp_path} is damaged" in caplog.text
+
+
+@pytest.mark.parametrize(("optimizer", "elementwise"), [(torch.optim.Adam, True), (torch.optim.Adafactor, False)])
+def test_optimizers_that_mix_entries_are_told_apart(optimizer, elementwise):
+    assert is_elementwise(optimizer([torch.nn.Parameter(torch.zeros(2, 2))], lr=1e-3)) == elementwise
+
+
 def test_an_optimizer_that_is_not_fused_is_not_recorded(replays, monkeypatch):
     monkeypatch.setitem(globals(), "optimizer", lambda name: partial(torch.optim.RMSprop, lr=1e-2))
     check_same(*(trained(way, [network()]) for way in ("eager", "recorded")))
@@ -130,3 +166,4 @@ def test_modules_of_others_may_branch():
 
     assert capture.is_known(resnet18()) and capture.is_known(build(partial(torch.nn.Linear, 3, 2), (3,), 2, 0))
     assert not capture.is_known(network())
+    assert not capture.is_known(resnet18(), "sparsity.models.mlp", "my_methods.annealed")

@@ -1,6 +1,7 @@
 """Configs → populations → stages → results: the only room that knows the whole way."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from sparsity import config, results
 from sparsity.data import Splits
@@ -75,7 +76,7 @@ def run_jobs(
     found: list[Any] = [None] * len(composed)
     jobs: dict[int, Job] = {}
     for index, each in enumerate(composed):
-        with listen([index]):
+        with listen([index]), _hydra_of(each):
             found[index] = _prepared(each, trust)
         if isinstance(found[index], Job):
             jobs[index] = replace(found[index], number=index)
@@ -90,6 +91,21 @@ def run_jobs(
         else:
             found[index] = results.objectives(outcome, composed[index].objectives)
     return found
+
+
+@contextlib.contextmanager
+def _hydra_of(composed: DictConfig) -> Iterator[None]:
+    """Lets `${hydra:…}` in a config mean the job's own, as it does where the job runs alone."""
+    instance = HydraConfig.instance()
+    before, own = instance.cfg, copy.deepcopy(composed)
+    OmegaConf.set_readonly(own.hydra, False)
+    with open_dict(own):
+        own.hydra.runtime.output_dir = str(_folder_of(composed))
+    instance.set_config(own)
+    try:
+        yield
+    finally:
+        instance.cfg = before
 
 
 def _prepared(composed: DictConfig, trust: Sequence[str]) -> Job | Exception:

@@ -26,7 +26,7 @@ from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Ingredients, derived_seed
-from sparsity.step import Penalty, can_be_recorded, convolves, try_step
+from sparsity.step import Penalty, can_be_recorded, convolves, is_elementwise, try_step
 from sparsity.tensors import Layout, to_view
 from sparsity.training import Loop, train
 from sparsity.weights import fill, read_state
@@ -140,10 +140,15 @@ def members_at_a_time(
     members, loop = population.num_members, next(iter(parts.loops.values()), None)
     if loop is None:
         return members
-    if members == 1 or stacked is False or not _can_be_stacked(population, parts, loop):
+    if members == 1 or stacked is False:
         return 1
-    fitting = min(members, limit or members, _fitting(population, parts, graph, loop))
-    if fitting < members:
+    obstacle = _obstacle(population, parts, loop)
+    if obstacle is not None:
+        log.info(f"{members} members are trained one after another: {obstacle}")
+        return 1
+    most = min(members, limit or members)
+    fitting = min(most, _fitting(population, parts, graph, loop))
+    if fitting < most:
         log.info(f"{members} members are trained {fitting} at a time: more do not fit")
     device = population.device
     if stacked is None and device.type == "cpu" and not _stacking_pays(population.take(list(range(fitting))), parts):
@@ -151,13 +156,17 @@ def members_at_a_time(
     return fitting
 
 
-def _can_be_stacked(population: Population, parts: Ingredients, loop: Loop) -> bool:
-    """Whether the members can be mapped over; random forward passes, among others, cannot."""
+def _obstacle(population: Population, parts: Ingredients, loop: Loop) -> str | None:
+    """Why members cannot be trained as one; a random forward pass, among others, cannot be mapped over them."""
+    if not all(each.elementwise for each in parts.loops.values()):
+        return "the optimizer would mix them"
     try:
-        try_step(population, parts.splits, loop.precision)
-    except RuntimeError:
-        return False
-    return True
+        try_step(population.take([0, 1]), parts.splits, loop.precision)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        return f"the network cannot be mapped over members ({reason(error)})"
+    return None
 
 
 def _fitting(population: Population, parts: Ingredients, graph: dict[str, Layer], loop: Loop) -> int:
@@ -206,7 +215,8 @@ FEW_STEPS = 4
 def _seconds(population: Population, parts: Ingredients) -> float:
     """The time of a few steps of the longest stage, the least of several."""
     stage, longest = max(parts.loops.items(), key=lambda entry: entry[1].epochs)
-    loop = replace(longest, epochs=1 + ROUNDS)  # the first one records, or compiles
+    way = "recorded" if longest.way == "compiled" else longest.way  # compiling takes longer than it would tell
+    loop = replace(longest, epochs=1 + ROUNDS, way=way)  # the first one records
     few = parts.splits.train.take(torch.arange(min(len(parts.splits.train), FEW_STEPS * loop.batch_size)))
     generators = [torch.Generator().manual_seed(seed) for seed in parts.seeds]
     splits = replace(parts.splits, train=few, validation=None)
@@ -255,7 +265,7 @@ def ingredients(runs: Sequence[Run], splits: Splits, population: Population, dev
 def _loop(run: Run, stage: str, population: Population, splits: Splits) -> Loop:
     numbers = getattr(run.schedule, stage)
     optimizer = partial(_optimizer, run, numbers.lr, numbers.weight_decay)
-    _try_optimizer(run, optimizer)
+    tried = _tried_optimizer(run, optimizer)
     num_steps = numbers.epochs * count_batches(len(splits.train), run.schedule.batch_size)
     return Loop(
         epochs=numbers.epochs,
@@ -264,6 +274,7 @@ def _loop(run: Run, stage: str, population: Population, splits: Splits) -> Loop:
         optimizer=optimizer,
         precision=PRECISIONS[precision_of(run, population.device)],
         way=way_of(run, stage, population, num_steps),
+        elementwise=is_elementwise(tried),
     )
 
 
@@ -272,12 +283,16 @@ def way_of(run: Run, stage: str, population: Population, num_steps: int) -> Way:
 
     Of a network with convolutions the penalty alone is compiled: the compiler's own convolutions are slower.
     """
+    device = population.device.type
+    if run.step == "compiled" and device != "cpu":
+        raise ConfigError(f"step=compiled is for a CPU, and the device is {device}: take step=recorded, a CUDA graph")
     if run.step != "auto":
         return run.step
-    if num_steps < WORTH_RECORDING or not is_known(population.module):
+    targets = [call.target for call in (run.model.factory, run.reg.penalty, run.optimizer) if call is not None]
+    if num_steps < WORTH_RECORDING or not is_known(population.module, *targets) or device not in ("cpu", "cuda"):
         return "eager"
     has_gain = not convolves(population) or (stage == "regularize" and run.reg.penalty is not None)
-    is_compiled = has_gain and num_steps >= WORTH_COMPILING and population.device.type == "cpu"
+    is_compiled = has_gain and num_steps >= WORTH_COMPILING and device == "cpu"
     return "compiled" if is_compiled else "recorded"
 
 
@@ -290,8 +305,8 @@ def _optimizer(run: Run, lr: float, weight_decay: float, tensors: list[Tensor]) 
     return run.optimizer.partial(lr=lr, weight_decay=weight_decay)(tensors)
 
 
-def _try_optimizer(run: Run, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
-    """Refuses a number that the optimizer refuses, before anything trains."""
+def _tried_optimizer(run: Run, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    """The optimizer of one number; refuses settings that it refuses, before anything trains."""
     tensor = torch.zeros(1, requires_grad=True)
     tensor.sum().backward()
     name = run.name.get("optimizer")
@@ -302,6 +317,7 @@ def _try_optimizer(run: Run, optimizer: Callable[[list[Tensor]], torch.optim.Opt
         raise ConfigError(f"optimizer={name}: {reason(error)}") from error
     if run.step in ("recorded", "compiled") and not can_be_recorded(tried):
         raise ConfigError(f"step={run.step} needs a fused optimizer, and optimizer={name} is none: take step=eager")
+    return tried
 
 
 def _penalty(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> Penalty | None:

@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,20 @@ def _processor() -> str:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsity"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsity"
+    except RuntimeError:  # there is no home
+        return Path(tempfile.gettempdir()) / "sparsity"
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives a whole file its name, unless there is one; where the disk knows no links, in place of it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:
+        os.replace(temporary, path)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -102,8 +116,7 @@ def _keep(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
         if path.exists() and _read(path) is None:
             path.unlink()  # damaged
         temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
-            os.link(temporary, path)
+        _link(temporary, path)
         return _read(path) or measured
     except OSError as error:
         log.warning(f"warning: {path} cannot be written ({error.strerror or error}): it is measured at every start")

@@ -123,7 +123,8 @@ class Record:
         for job in jobs:
             _check_folder(job.folder)
         if self.run.model.weights is not None:
-            for member, accuracy in zip(self.members, self._measure(population)):
+            (accuracy,) = self._measure(population.member(0))  # the same weights for all
+            for member in self.members:
                 member.measured |= {"dense": accuracy, "final": accuracy}
 
     def _note_whole_network(self, population: Population) -> None:
