@@ -179,6 +179,43 @@ def test_what_differs_in_more_than_numbers_splits_the_group(tmp_path, monkeypatc
     assert sorted(groups) == [1, 1, 3] and all(len(outcome) == 2 for outcome in outcomes)
 
 
+def test_a_job_sees_its_own_hydra(tmp_path):
+    common = (*MLP, "stages=[pretrain]", "schedule.pretrain.epochs=1", "seed=${hydra:job.num}")
+    run_jobs(tmp_path, common, [("hydra.job.num=3",), ("hydra.job.num=4",)])
+    assert [json.loads((tmp_path / name / "result.json").read_text())["seed"] for name in "01"] == [3, 4]
+
+
+def test_an_optimizer_that_mixes_entries_takes_members_one_at_a_time(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(experiment_parts, "is_elementwise", lambda optimizer: False)
+    with caplog.at_level("INFO"):
+        run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)], stacked=True)
+    assert "2 members are trained one after another: the optimizer would mix them" in caplog.text
+
+
+def test_a_network_that_cannot_be_mapped_says_so(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(experiment_parts, "try_step", raising(after=2))
+    with caplog.at_level("INFO"):
+        run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)], stacked=True)
+    assert "one after another: the network cannot be mapped over members (randomness)" in caplog.text
+
+
+def raising(after):
+    """A `try_step` that refuses several members."""
+
+    def try_step(population, *rest):
+        if population.num_members >= after:
+            raise RuntimeError("randomness")
+
+    return try_step
+
+
+@pytest.mark.parametrize("number", [0, -1])
+def test_a_limit_below_one_is_refused(number, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        PopulationLauncher(max_members=number)
+    assert f"hydra.launcher.max_members must be a whole number ≥ 1, got {number}" in capsys.readouterr().err
+
+
 def test_a_member_that_diverges_fails_alone(tmp_path):
     outcomes = run_jobs(tmp_path, MLP, [("reg.decay=1e-5",), ("reg.decay=1e30",), ("reg.decay=1e-4",)], stacked=True)
     assert isinstance(outcomes[1], DivergedError) and "regularize" in str(outcomes[1])
