@@ -139,7 +139,7 @@ class Run:
     threads: Annotated[int, Range(1, 1024)] | None
     step: Literal["auto", "eager", "recorded", "compiled"]
     sensitivity: float
-    plots: bool
+    plots: bool | None  # None: of a single run, not of a sweep's members
     store: str | None  # the folder of finished stages
     objectives: Objectives
     trust: list[str]

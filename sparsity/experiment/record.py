@@ -267,7 +267,7 @@ class Record:
         with _writing(job.folder):
             write_state(job.folder / "model.safetensors", member.population.state(0), description)
             results.write_history(job.folder, member.histories, 0)
-            if job.run.plots:
+            if job.run.plots or (job.run.plots is None and not job.in_sweep):
                 states = {name: population.state(0) for name, population in member.states.items()}
                 plots.draw_all(job.folder, member.histories, result["layers"], states, results.title(result), 0)
             results.write_result(job.folder, result)  # the last file: where it is, the run is whole
