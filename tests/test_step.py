@@ -1,7 +1,9 @@
 """A step that is recorded and replayed is the step itself, bit for bit; a compiled one up to the order of additions."""
 
+import contextlib
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import sample_networks
@@ -9,7 +11,8 @@ import torch
 from conftest import choices
 from test_training import generators, network, splits
 
-from sparsity import capture, config
+from sparsity import capture, config, step
+from sparsity.data import cut
 from sparsity.models import build
 from sparsity.population import stack
 from sparsity.schedules import learning_rate
@@ -153,6 +156,68 @@ def test_a_compiler_killed_while_it_wrote_costs_a_fresh_cache(tmp_path, monkeypa
 @pytest.mark.parametrize(("optimizer", "elementwise"), [(torch.optim.Adam, True), (torch.optim.Adafactor, False)])
 def test_optimizers_that_mix_entries_are_told_apart(optimizer, elementwise):
     assert is_elementwise(optimizer([torch.nn.Parameter(torch.zeros(2, 2))], lr=1e-3)) == elementwise
+
+
+class Graph:
+    """What a CUDA graph does, on a CPU: a replay computes the captured call anew, into the tensors of the capture."""
+
+    def pool(self):
+        return "pool"
+
+    def replay(self):
+        function, places, results = self.call
+        for result, again in zip(results, function(*places)):
+            result.copy_(again)
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """The captures, as (graph, pool), of steps that take the GPU's way on a CPU."""
+    found, changes = [], []
+
+    @contextlib.contextmanager
+    def capture_without_effect(graph, pool, stream):
+        found.append((graph, pool))
+        before = [tensor.detach().clone() for tensor in changes[0]()]
+        yield
+        with torch.no_grad():
+            for tensor, value in zip(changes[0](), before):
+                tensor.copy_(value)
+
+    def replayed(functions, way, population, optimizer):
+        def call(*arguments):
+            results = chain(*arguments)
+            if found and not hasattr(found[-1][0], "call"):
+                found[-1][0].call = (chain, arguments, results)
+            return results
+
+        chain = step._chain([step._gathered(splits().train), *functions])
+        changes[:] = [partial(step._changing, population, optimizer)]
+        return capture.Replayed(call, way, torch.device("cuda"), changes[0])
+
+    fakes = {name: lambda which: contextlib.nullcontext() for name in ("device", "stream")}
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes |= {name: lambda device: stream for name in ("Stream", "current_stream")}
+    fakes |= {"graph": capture_without_effect, "CUDAGraph": Graph, "get_rng_state": lambda device: torch.zeros(0)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(step, "_replayed", replayed)
+    monkeypatch.setattr(step.Step, "batches", lambda self, order, size: ((index,) for index in cut(order, size)))
+    return found
+
+
+@pytest.mark.parametrize("optimize", ["adam", "sgd"])
+@pytest.mark.parametrize("num_members", [1, 3])
+def test_the_way_of_a_gpu_is_the_step(num_members, optimize, captured, monkeypatch):
+    """One graph for whole batches and one for the last, in one pool; the batch is gathered inside."""
+    members = [network(seed=seed) for seed in range(num_members)]
+    together = trained("recorded", members, optimize=optimize)
+    assert [(tuple(graph.call[1][0].shape), pool) for graph, pool in captured] == [
+        ((num_members, 10), None),
+        ((num_members, 4), "pool"),
+    ]
+    monkeypatch.undo()
+    check_same(trained("eager", members, optimize=optimize), together)
 
 
 def test_an_optimizer_that_is_not_fused_is_not_recorded(replays, monkeypatch):
