@@ -203,6 +203,31 @@ def test_a_trial_whose_owner_is_gone_is_run_again_in_its_folder(searching, monke
     assert len({tuple(trial.params.values()) for trial in done}) == 6
 
 
+@pytest.mark.parametrize("method", ["set_user_attr", "_suggest"])
+@pytest.mark.parametrize("second", [0, 1, 2, 3])
+def test_a_search_that_dies_while_it_asks_loses_no_point_and_no_folder(method, second, searching, monkeypatch):
+    monkeypatch.setattr(search, "_owner", lambda: {"host": search.socket.gethostname(), "pid": 2**22, "started": 0.0})
+    real = getattr(search.Trial, method)
+    for after in (5, second):  # the second one dies where the first one's point is asked for again
+        calls = iter(range(100))
+
+        def killed(*arguments, calls=calls, after=after):
+            if next(calls) == after:
+                raise Killed
+            return real(*arguments)
+
+        monkeypatch.setattr(search.Trial, method, killed)
+        with pytest.raises(Killed):
+            searching()
+    monkeypatch.setattr(search.Trial, method, real)
+    _, study = searching()
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+    known = [trial.params for trial in study.trials if trial.params]
+    assert sorted(trial.user_attrs["folder"] for trial in done) == list("012345")
+    assert len({tuple(trial.params.values()) for trial in done}) == 6
+    assert all(any(point.items() <= trial.params.items() for trial in done) for point in known)
+
+
 def test_a_trial_that_another_process_runs_is_left_alone(searching):
     with pytest.raises(Killed):
         searching(answer=dying(2))  # this process is its owner, and lives

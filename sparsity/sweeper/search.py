@@ -6,6 +6,7 @@ the same folder; no sampler repeats its points; a member that fails does not end
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import socket
 import warnings
@@ -177,7 +178,7 @@ class Search(OptunaSweeperImpl):
             trials = [study.ask() for _ in range(size)]
             for trial in trials:
                 trial.set_user_attr("owner", _owner())
-                trial.set_user_attr("folder", trial.user_attrs.get("folder", _next_folder(study, trial)))
+                trial.set_user_attr("folder", trial.user_attrs.get("folder") or _next_folder(study))
         attributes = [dict(trial.user_attrs) for trial in trials]
         overrides = self._configured(trials, space, fixed, deletions)
         return trials, [[*each, *self._folder(own["folder"])] for each, own in zip(overrides, attributes)]
@@ -226,7 +227,7 @@ class Search(OptunaSweeperImpl):
         self.mistakes = self.mistakes + 1 if is_mistake else 0
         none_works = not any(other.state is TrialState.COMPLETE for other in study.get_trials(deepcopy=False))
         if is_mistake and (none_works or self.mistakes == MISTAKES_IN_A_ROW):
-            _close(study, trial._trial_id, retry=True)
+            _close(study, trial._trial_id)
             raise error
         trial.set_user_attr("error", cause)
         study.tell(trial, state=TrialState.FAIL)
@@ -364,10 +365,18 @@ def _is_gone(owner: Mapping[str, Any] | None) -> bool:
         return True
 
 
-def _next_folder(study: optuna.Study, trial: Trial) -> str:
-    """The name of a new member's folder: how many members there are before it."""
+def _next_folder(study: optuna.Study) -> str:
+    """The name of a new member's folder: the first number that no other member's has."""
     others = study.get_trials(deepcopy=False)
-    return str(sum(other.number < trial.number and "retry_of" not in other.user_attrs for other in others))
+    taken = {
+        other.user_attrs.get("folder") for other in others if not (other.user_attrs.get("orphan") and not _point(other))
+    }
+    return next(name for name in map(str, itertools.count()) if name not in taken)
+
+
+def _point(trial: FrozenTrial) -> dict[str, Any]:
+    """What is known of a trial's point: a process may end before it suggests all, or any, of it."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def _close_orphans(study: optuna.Study) -> None:
@@ -375,21 +384,17 @@ def _close_orphans(study: optuna.Study) -> None:
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         owner = trial.user_attrs.get("owner")
         if _is_gone(owner):
-            _close(study, trial._trial_id, retry=True)
+            _close(study, trial._trial_id)
             log.info(f"member {trial.user_attrs.get('folder', trial.number)} was cut off: it is run again")
 
 
-def _close(study: optuna.Study, trial_id: int, *, retry: bool) -> None:
+def _close(study: optuna.Study, trial_id: int) -> None:
     """Ends a trial that does not count, its point queued first, so that it is not lost between the two."""
     trial = study._storage.get_trial(trial_id)
-    again = {"retry_of": trial.number, "folder": trial.user_attrs.get("folder", str(trial.number))}
-    queued = any(
-        other.user_attrs.get("retry_of") == trial.number
-        for other in study.get_trials(deepcopy=False)
-        if other.number != trial.number
-    )
-    if retry and trial.params and not queued:
-        study.enqueue_trial(trial.params, user_attrs=again)
+    queued = any(other.user_attrs.get("retry_of") == trial.number for other in study.get_trials(deepcopy=False))
+    if _point(trial) and not queued:
+        again = {"retry_of": trial.number, "folder": trial.user_attrs.get("folder") or _next_folder(study)}
+        study.enqueue_trial(_point(trial), user_attrs=again)
     study._storage.set_trial_user_attr(trial_id, "orphan", True)
     study.tell(trial.number, state=TrialState.FAIL)
 
