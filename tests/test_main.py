@@ -65,8 +65,8 @@ def test_a_mistake_in_full_on_request(tmp_path):
     ("arguments", "words"),
     [
         (["model=lenet6"], "Could not find 'model/lenet6'"),
-        (["reg.deacy=1"], "Did you mean: 'decay'?"),
-        (["search=pareto"], "search=pareto needs a sweep: add -m"),
+        pytest.param(["reg.deacy=1"], "Did you mean: 'decay'?", marks=pytest.mark.slow),
+        pytest.param(["search=pareto"], "search=pareto needs a sweep: add -m", marks=pytest.mark.slow),
     ],
 )
 def test_what_composition_refuses(arguments, words, tmp_path):
@@ -84,11 +84,12 @@ def test_a_grid_and_a_member_that_fails(tmp_path):
 
 @pytest.mark.slow
 def test_a_search(tmp_path):
-    done = main(*MLP, "-m", "search=pareto", "hydra.sweeper.n_trials=3", f"hydra.sweep.dir={tmp_path}")
+    studies = f"hydra.sweeper.storage=sqlite:///{tmp_path}/studies.db"
+    done = main(*MLP, "-m", "search=pareto", "hydra.sweeper.n_trials=3", f"hydra.sweep.dir={tmp_path}", studies)
     assert done.returncode == 0, done.stderr
     results = [json.loads((tmp_path / str(index) / "result.json").read_text()) for index in range(3)]
     assert len({result["config"]["reg"]["decay"] for result in results}) == 3
-    refused = main(*MLP, "-m", "search=pareto", "data.validation=0", f"hydra.sweep.dir={tmp_path / 'no'}")
+    refused = main(*MLP, "-m", "search=pareto", "data.validation=0", f"hydra.sweep.dir={tmp_path / 'no'}", studies)
     assert refused.returncode == 2 and "data.validation=0 leaves search=pareto nothing to select on" in refused.stderr
 
 

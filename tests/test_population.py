@@ -11,10 +11,11 @@ from sparsity import population
 from sparsity.errors import DivergedError
 from sparsity.experiment import Job, run_members
 
-RULES = some_slow(choices("prune"), "threshold", "group_threshold")
-REGULARIZERS = some_slow(choices("reg"), "none", "l1", "hoyer", "group_lasso", "transformed_l1")
+RULES = some_slow(choices("prune"), "threshold", "group_threshold", "percentile", "group_std")
+REGULARIZERS = some_slow(choices("reg"), "none", "l1", "hoyer", "hs", "group_lasso", "transformed_l1")
 # Adam would make much of the last bit of a gradient near 0; what is left of it is the sign of a weight near 0
-SMOOTH = ("data=digits", "schedule=smoke", "plots=false", "precision=float32", "optimizer=sgd")
+SMALL = ("data=digits", "schedule=smoke", "plots=false", "store=null", "precision=float32")
+SMOOTH = (*SMALL, "optimizer=sgd")
 SMOOTH += tuple(f"schedule.{stage}.lr=0.05" for stage in ("pretrain", "regularize", "finetune"))
 HIGH = {"percentile": 0.9, "threshold": 0.02, "group_threshold": 0.02}
 
@@ -26,7 +27,9 @@ def members(tmp_path, name, *overrides):
         run = read(*SMOOTH, "model=mlp", "model.factory.hidden=[24,16]", *overrides)
         run = replace(run, seed=index, sensitivity=HIGH.get(run.name["prune"], 0.5) * (1 + index / 20))
         runs.append(replace(run, reg=replace(run.reg, decay=run.reg.decay * (index + 1))))
-    together = run_members([Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)])
+    together = run_members(
+        [Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)], stacked=True
+    )
     alone = [run_members([Job(run, tmp_path / "alone" / str(index))])[0] for index, run in enumerate(runs)]
     return together, alone
 
@@ -61,16 +64,11 @@ def test_every_rule(tmp_path, name):
 
 @pytest.mark.slow
 def test_convolutions(tmp_path):
-    overrides = [
-        "model=lenet5",
-        "data=digits",
-        "schedule=smoke",
-        "plots=false",
-        "precision=float32",
-        "stages=[pretrain,prune]",
-    ]
-    runs = [replace(read(*overrides), seed=seed) for seed in (3, 4)]
-    together = run_members([Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)])
+    overrides = ["model=lenet5", "stages=[pretrain,prune]"]
+    runs = [replace(read(*SMALL, *overrides), seed=seed) for seed in (3, 4)]
+    together = run_members(
+        [Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)], stacked=True
+    )
     for index, run in enumerate(runs):
         alone = run_members([Job(run, tmp_path / "alone" / str(index))])[0]
         assert alone["accuracy"]["dense"]["test"] == pytest.approx(
@@ -79,17 +77,9 @@ def test_convolutions(tmp_path):
 
 
 def test_a_member_that_diverges_fails_alone(tmp_path):
-    run = read(
-        "data=digits",
-        "schedule=smoke",
-        "plots=false",
-        "precision=float32",
-        "model=mlp",
-        "model.factory.hidden=[24]",
-        "reg=l1",
-    )
+    run = read(*SMALL, "model=mlp", "model.factory.hidden=[24]", "reg=l1")
     runs = [run, replace(run, reg=replace(run.reg, decay=1e38)), replace(run, seed=1)]
-    outcomes = run_members([Job(each, tmp_path / str(index)) for index, each in enumerate(runs)])
+    outcomes = run_members([Job(each, tmp_path / str(index)) for index, each in enumerate(runs)], stacked=True)
     assert isinstance(outcomes[1], DivergedError)
     assert "regularize" in str(outcomes[1]) and "reg.decay=1e+38" in str(outcomes[1])
     assert not (tmp_path / "1" / "result.json").exists()
@@ -100,15 +90,8 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
 
 def test_members_with_dropout_run_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSITY_TRUST", "sample_networks")
-    overrides = [
-        "model=custom",
-        "model.factory._target_=sample_networks.WithDropout",
-        "data=digits",
-        "schedule=smoke",
-        "plots=false",
-        "precision=float32",
-    ]
-    runs = [replace(read(*overrides), seed=seed) for seed in (0, 1)]
+    overrides = ["model=custom", "model.factory._target_=sample_networks.WithDropout"]
+    runs = [replace(read(*SMALL, *overrides), seed=seed) for seed in (0, 1)]
     together = run_members([Job(run, tmp_path / str(seed)) for seed, run in enumerate(runs)])
     again = run_members([Job(runs[1], tmp_path / "again")])[0]
     assert together[1]["accuracy"] == again["accuracy"]

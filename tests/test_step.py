@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import sample_networks
 import torch
-from conftest import choices
+from conftest import choices, some_slow
 from test_training import generators, network, splits
 
 from sparsity import capture, config, step
@@ -66,7 +66,7 @@ def replays(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("optimize", choices("optimizer"))
+@pytest.mark.parametrize("optimize", some_slow(choices("optimizer"), "adamw", "sgd"))
 @pytest.mark.parametrize(("name", "num_pieces"), [("normalised", 4), ("dropout", 3)])
 def test_a_recorded_step_is_the_step(name, num_pieces, optimize, replays):
     members = [NETWORKS[name](seed=0)]

@@ -56,7 +56,7 @@ def front_table(summary: Summary) -> Table:
     """The points that no other dominates, one a row."""
     keys = [key for key in summary.swept if key != "seed" or not _has_seeds(summary)]
     names = ", ".join(summary.objectives)
-    table = _table(f"front of {len(summary.points)} points: {names}; accuracy on validation")
+    table = _table(f"front: {len(summary.front)} of {len(summary.points)} points; {names}; accuracy on validation")
     for column in ("", *keys):
         table.add_column(column, justify="right", no_wrap=not column, overflow="fold")
     for column in ("validation", "test", "compression", "MACs", "structure", *_seeds_column(summary)):

@@ -29,6 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsity import config as schema
 from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
+from sparsity.results import read_result
 
 log = logging.getLogger("sparsity")
 
@@ -62,6 +63,7 @@ class Search(OptunaSweeperImpl):
         study = self._open(space, fixed)
         self._say_where_it_is(study)
         try:
+            self._restore(study, fixed, deletions)
             while batch := self._ask(study, space, fixed, deletions):
                 self._launch(study, *batch)
             self._write(study)
@@ -76,10 +78,38 @@ class Search(OptunaSweeperImpl):
 
     def _launch(self, study: optuna.Study, trials: list[Trial], overrides: list[list[str]]) -> None:
         """Has a batch of members run, and tells the study what they came to."""
-        returns = self.launcher.launch(overrides, initial_job_idx=int(trials[0].user_attrs["folder"]))
-        for trial, job in zip(trials, returns):
+        for trial, job in zip(trials, self._run(trials, overrides)):
             self._tell(study, trial, job)
         self._check_failures(study)
+
+    def _run(self, trials: Sequence[Trial | FrozenTrial], overrides: list[list[str]]) -> Sequence[JobReturn]:
+        """What the launcher makes of a batch of members, each in its trial's folder."""
+        folders = [trial.user_attrs["folder"] for trial in trials]
+        placed = [[*own, *self._folder(name)] for own, name in zip(overrides, folders)]
+        return self.launcher.launch(placed, initial_job_idx=int(folders[0]))
+
+    def _restore(self, study: optuna.Study, fixed: Mapping[str, str], deletions: Sequence[str]) -> None:
+        """Runs finished members whose results are gone again, where the sweep's folder is another, or emptied."""
+        gone = self._without_result(study)
+        if gone:
+            log.info(
+                f"{len(gone)} finished members have no result in {self.config.hydra.sweep.dir}: they are run again"
+            )
+        for start in range(0, len(gone), self.n_jobs):
+            batch = gone[start : start + self.n_jobs]
+            overrides = [_overrides({**fixed, **trial.params}, deletions) for trial in batch]
+            for trial, job in zip(batch, self._run(batch, overrides)):
+                _, cause = self._values(job)
+                if cause is not None:
+                    self._note(trial, cause)
+
+    def _without_result(self, study: optuna.Study) -> list[FrozenTrial]:
+        """The completed trials whose folder, by its number, holds no result."""
+        if not self._is_numbered():
+            return []
+        complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        folder = Path(self.config.hydra.sweep.dir)
+        return [trial for trial in complete if read_result(folder / trial.user_attrs["folder"]) is None]
 
     # --- the space ---------------------------------------------------------------------------------------------------
 
@@ -115,9 +145,8 @@ class Search(OptunaSweeperImpl):
         """Refuses a space whose ends make no valid run, before a study is made for it."""
         for end in (0, -1):
             point = {key: _ends(distribution)[end] for key, distribution in space.items()} | fixed
-            overrides = [f"{key}={value}" for key, value in point.items()] + [*deletions]
             try:
-                composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+                composed = self.hydra_context.config_loader.load_sweep_config(self.config, _overrides(point, deletions))
             except HydraException as error:
                 raise ConfigError(schema.said(error)) from error
             choices = composed.hydra.runtime.choices
@@ -179,9 +208,7 @@ class Search(OptunaSweeperImpl):
             for trial in trials:
                 trial.set_user_attr("owner", _owner())
                 trial.set_user_attr("folder", trial.user_attrs.get("folder") or _next_folder(study))
-        attributes = [dict(trial.user_attrs) for trial in trials]
-        overrides = self._configured(trials, space, fixed, deletions)
-        return trials, [[*each, *self._folder(own["folder"])] for each, own in zip(overrides, attributes)]
+        return trials, self._configured(trials, space, fixed, deletions)
 
     def _configured(
         self, trials: list[Trial], space: Space, fixed: dict[str, str], deletions: list[str]
@@ -193,14 +220,17 @@ class Search(OptunaSweeperImpl):
                 trial._suggest(key, distribution)
             if self.custom_search_space_extender:
                 self.custom_search_space_extender(self.config, trial)
-            point = {**fixed, **trial.params}
-            overrides.append([*(f"{key}={value}" for key, value in point.items()), *deletions])
+            overrides.append(_overrides({**fixed, **trial.params}, deletions))
         return overrides
+
+    def _is_numbered(self) -> bool:
+        """Whether the folders of members are numbered, and not named by the user."""
+        return OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"] == NUMBERED
 
     def _folder(self, name: str) -> list[str]:
         """The override that puts a job into its trial's folder; none where the user names folders."""
-        raw = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"]
-        return [f"hydra.sweep.subdir={QuotedString(name, Quote.double).with_quotes()}"] if raw == NUMBERED else []
+        quoted = QuotedString(name, Quote.double).with_quotes()
+        return [f"hydra.sweep.subdir={quoted}"] if self._is_numbered() else []
 
     def _sampler(self, num_trials: int) -> optuna.samplers.BaseSampler:
         """The sampler, seeded anew for every batch: one that starts again would draw its first points again."""
@@ -231,6 +261,10 @@ class Search(OptunaSweeperImpl):
             raise error
         trial.set_user_attr("error", cause)
         study.tell(trial, state=TrialState.FAIL)
+        self._note(trial, cause)
+
+    def _note(self, trial: Trial | FrozenTrial, cause: str) -> None:
+        """Keeps why a member failed, for the end."""
         self.failures.append(f"member {trial.user_attrs['folder']}: {cause}")
         log.error(f"member {trial.user_attrs['folder']} failed: {cause}")
 
@@ -257,6 +291,10 @@ class Search(OptunaSweeperImpl):
         front = [] if not _has_complete(study) else study.best_trials
         found = {"name": "optuna", "solutions": [{"params": trial.params, "values": trial.values} for trial in front]}
         OmegaConf.save(OmegaConf.create(found), Path(self.config.hydra.sweep.dir) / "optimization_results.yaml")
+
+
+def _overrides(point: Mapping[str, Any], deletions: Sequence[str]) -> list[str]:
+    return [*(f"{key}={value}" for key, value in point.items()), *deletions]
 
 
 def _parsed(text: str) -> tuple[Space, dict[str, str], list[str]]:
