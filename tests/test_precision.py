@@ -46,6 +46,16 @@ def test_it_is_measured_once(folder, monkeypatch, caplog):
     assert caplog.text.count("as measured now") == 1
 
 
+@pytest.mark.parametrize("what", ["_processor", "torch.__version__"])
+def test_another_processor_or_torch_is_measured_again(what, folder, monkeypatch):
+    times(monkeypatch, 1.0, 0.3)
+    precision.precision_of(AUTO, CPU)
+    precision._decided.cache_clear()
+    times(monkeypatch, 0.3, 1.0)
+    monkeypatch.setattr(f"sparsity.experiment.precision.{what}", "2.99" if "version" in what else lambda: "another")
+    assert precision.precision_of(AUTO, CPU) == "float32" and len(list(folder.iterdir())) == 2
+
+
 def test_products_that_are_wrong_are_not_taken(folder, monkeypatch):
     times(monkeypatch, 1.0, 0.1)
     monkeypatch.setattr(precision, "CLOSE", 1e-9)

@@ -1,9 +1,11 @@
 """The store: keys follow what determines a stage, files are whole or set aside, a stage is computed once."""
 
+import contextlib
 import functools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 
@@ -37,6 +39,12 @@ def test_what_is_kept_is_found(filled):
     assert all(torch.equal(found.tensors[name], tensor) for name, tensor in kept().tensors.items())
     assert filled.find("prune", KEY) is None and filled.find("pretrain", "0" * 32) is None
     assert [path.name for path in (filled.folder / "pretrain").iterdir()] == [f"{KEY}.safetensors"]
+
+
+def test_what_is_found_is_used(filled):
+    os.utime(filled.path("pretrain", KEY), (0, 0))
+    filled.find("pretrain", KEY)
+    assert filled.path("pretrain", KEY).stat().st_mtime > 0
 
 
 def cut_short(path):
@@ -108,6 +116,13 @@ def test_a_lock_is_waited_for_and_dies_with_its_owner(tmp_path, caplog):
     owner.join()
 
 
+def test_locks_are_taken_in_one_order_and_each_once(tmp_path, monkeypatch):
+    own, taken = Store(tmp_path), []
+    monkeypatch.setattr(own, "_lock", lambda stage, key: taken.append(key) or contextlib.nullcontext())
+    with own.claim("pretrain", ["b", "c", "a", "b"]):  # two that wait for each other's would wait for ever
+        assert taken == ["a", "b", "c"]
+
+
 def test_a_finished_stage_leaves_no_lock(tmp_path):
     own = Store(tmp_path)
     with own.claim("pretrain", [KEY]):
@@ -158,6 +173,7 @@ CHANGES = {
     "schedule.pretrain.lr=0.01": "pretrain",
     "reg.decay=0.5": "regularize",
     "reg=l1": "regularize",
+    "reg.apply_to=[weight]": "regularize",
     "schedule.regularize.epochs=3": "regularize",
     "sensitivity=0.7": "prune",
     "prune.layers.fc1=0.5": "prune",
@@ -193,6 +209,48 @@ def test_a_key_changes_with_what_determines_it_and_with_nothing_else(override, k
     same = [stage for stage in before if before[stage] == after[stage]]
     stages = list(before)
     assert same == (stages if CHANGES[override] is None else stages[: stages.index(CHANGES[override])])
+
+
+def test_keys_follow_the_device_and_the_format_of_the_store(monkeypatch):
+    from sparsity import config
+    from sparsity.experiment import stage_keys
+
+    run = config.read(config.compose(SMALL)[0])
+    before, there = stage_keys(run, "images", "cpu", "float32"), stage_keys(run, "images", "cuda", "float32")
+    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    later = stage_keys(run, "images", "cpu", "float32")
+    for stage in run.stages:
+        assert len({keys[stage].key for keys in (before, there, later)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("part", "first"), [("mlp", "pretrain"), ("hs", "regularize"), ("std", "prune"), ("std_cut", "prune")]
+)
+def test_keys_follow_the_code_of_every_method(part, first, monkeypatch):
+    from sparsity import config
+    from sparsity.experiment import stage_keys
+
+    run, code_of = config.read(config.compose(SMALL)[0]), store.code_of
+    before = stage_keys(run, "images", "cpu", "float32")
+    monkeypatch.setattr(store, "code_of", lambda f: {"edited": ""} if f.__name__ == part else code_of(f))
+    after = stage_keys(run, "images", "cpu", "float32")
+    same = [stage for stage in run.stages if before[stage].key == after[stage].key]
+    assert same == list(run.stages)[: list(run.stages).index(first)]
+
+
+def test_keys_follow_what_a_weights_file_holds_and_not_its_name(tmp_path):
+    from dataclasses import replace
+
+    from sparsity import config
+    from sparsity.experiment import stage_keys
+
+    def key(name, content):
+        (tmp_path / name).write_bytes(content)
+        run = config.read(config.compose(SMALL)[0])
+        run = replace(run, model=replace(run.model, weights=str(tmp_path / name)))
+        return stage_keys(run, "images", "cpu", "float32")["finetune"].key
+
+    assert key("one.pth", b"same") == key("other.pth", b"same") != key("one.pth", b"edited")
 
 
 def test_a_decay_without_a_penalty_changes_no_key(keys):
@@ -234,8 +292,25 @@ def test_a_damaged_stage_is_computed_again(run, tmp_path, caplog):
     first = run(*base)
     cut_short(next((tmp_path / "store" / "regularize").iterdir()))
     second = run(*base)
-    assert second["computed"] == ["regularize"] and second["layers"] == first["layers"]
-    assert "is damaged" in caplog.text
+    assert second["computed"] == ["regularize"] and "is damaged" in caplog.text
+    files = [(tmp_path / result["folder"] / "stages" / "regularize.safetensors") for result in (first, second)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert second["accuracy"] == first["accuracy"]
+
+
+def test_what_another_process_kept_meanwhile_is_taken(run, tmp_path, monkeypatch):
+    first = run(*SMALL, f"store={tmp_path / 'theirs'}")
+    claim = Store.claim
+
+    @contextlib.contextmanager
+    def waited_for(self, stage, keys):
+        with claim(self, stage, keys):
+            shutil.copytree(tmp_path / "theirs" / stage, self.folder / stage, dirs_exist_ok=True)
+            yield
+
+    monkeypatch.setattr(Store, "claim", waited_for)
+    second = run(*SMALL, f"store={tmp_path / 'ours'}")
+    assert second["computed"] == [] and second["accuracy"] == first["accuracy"]
 
 
 def test_a_diverged_stage_is_not_kept(run, tmp_path):
@@ -275,6 +350,13 @@ def test_cleaning_by_age_size_and_use(filled, tmp_path):
     (tmp_path / "results" / "0").mkdir(parents=True)
     (tmp_path / "results" / "0" / "result.json").write_text(json.dumps({"keys": {"pretrain": KEY}}))
     assert keys_in_use([tmp_path / "results"]) == {KEY}
+
+
+def test_files_that_are_being_written_are_left_alone(filled):
+    for name in (".half.safetensors.123", ".left.safetensors.124"):
+        (filled.folder / "pretrain" / name).write_bytes(b"")
+    os.utime(filled.folder / "pretrain" / ".left.safetensors.124", (0, 0))  # whose process ended long ago
+    assert [entry.path.name for entry in entries(filled.folder)] == [f"{KEY}.safetensors", ".left.safetensors.124"]
 
 
 def test_the_command_line(filled, tmp_path, capsys):

@@ -7,6 +7,7 @@ import pytest
 import sample_networks
 import torch
 
+from sparsity import training
 from sparsity.data import Images, Splits
 from sparsity.models import build
 from sparsity.population import Population, stack
@@ -126,6 +127,88 @@ def test_selection_takes_the_earliest_best_validation_epoch():
     data = splits()
     assert evaluate(trained.selected, data.validation, data) == [max(validation)]
     assert evaluate(trained.last, data.validation, data) == [validation[-1]]
+
+
+def scripted(monkeypatch, validation, test, data):
+    """Has evaluation give these accuracies, one row an epoch and one entry a member."""
+    rows = {id(data.validation): iter(validation), id(data.test): iter(test)}
+    monkeypatch.setattr(training, "evaluate", lambda population, part, splits: next(rows[id(part)]))
+
+
+def test_selection_is_on_validation_and_takes_the_earliest_of_equals(monkeypatch):
+    population, data = linear(2), splits()
+    scripted(monkeypatch, [[0.5, 0.5], [0.7, 0.4], [0.7, 0.6], [0.6, 0.6]], [[0.1, 0.1]] * 3 + [[0.9, 0.9]], data)
+    chosen = train(population, data, loop(epochs=3), generators(3, 4), select=True)
+    assert chosen.selected_epoch == [1, 2]
+    for epochs, member in ((1, 0), (2, 1)):
+        then = train(population, replace(data, validation=None), loop(epochs=epochs), generators(3, 4)).last
+        assert torch.equal(chosen.selected.parameters["1.weight"][member], then.parameters["1.weight"][member])
+
+
+def test_what_has_diverged_is_not_selected(monkeypatch):
+    population, data = linear(2), splits()
+    scripted(monkeypatch, [[0.5, 0.5], [0.6, 0.9], [0.7, 0.9]], [[0.5, 0.5]] * 3, data)
+    function = total_penalty(lambda view: view.square().sum(), population.layouts, ["1.weight"])
+    penalty = Penalty(function, torch.tensor([0.0, 3e38]), {})
+    chosen = train(population, data, loop(), generators(0, 0), penalty=penalty, select=True)
+    assert chosen.diverged == [None, 1] and chosen.selected_epoch == [2, 0]
+    assert torch.equal(chosen.selected.parameters["1.weight"][1], population.parameters["1.weight"][1])
+
+
+class Breaking(torch.optim.SGD):
+    """An optimizer that breaks the weights of one member."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter[1].fill_(torch.inf)
+
+
+def test_weights_that_are_not_finite_are_divergence_whatever_the_loss_was():
+    population, once = linear(2), replace(loop(epochs=1, optimizer=Breaking), batch_size=64)  # before the weights broke
+    trained = train(population, splits(), once, generators(0, 1))
+    assert trained.diverged == [None, 1] and torch.tensor(trained.history[0].objective).isfinite().all()
+    assert torch.equal(trained.last.parameters["1.weight"][1], population.parameters["1.weight"][1])
+    assert not torch.equal(trained.last.parameters["1.weight"][0], population.parameters["1.weight"][0])
+
+
+class Noisy(torch.nn.Module):
+    """Draws one number a batch, whatever the images and their order."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.out = torch.nn.Linear(36, num_classes)
+
+    def forward(self, images):
+        return self.out(images.flatten(1)) * torch.rand(1)
+
+
+def test_what_a_module_draws_follows_from_its_members_seed():
+    population = stack([build(Noisy, (1, 6, 6), 2, 0)])
+    whole = Loop(3, 64, loop().learning_rate, partial(torch.optim.SGD, lr=1e-2))  # the order changes only roundings
+    one, same, other = (
+        train(population, splits(), whole, generators(seed)).last.parameters["out.weight"] for seed in (0, 0, 1)
+    )
+    assert torch.equal(one, same) and (one - other).abs().max() > 1e-4
+
+
+def test_the_learning_rate_moves_with_every_batch():
+    asked = []
+    rated = replace(loop(), learning_rate=lambda progress: asked.append(progress) or 1e-3)
+    train(linear(), splits(), rated, generators(0))
+    assert asked == [index / 8 for index in range(8)]
+
+
+def test_an_epochs_loss_is_the_mean_over_its_images():
+    population, data = linear(2), splits(40)  # batches of 16, 16 and 8
+    still = replace(loop(epochs=1, optimizer=torch.optim.SGD), learning_rate=lambda progress: 0.0)
+    losses = train(population, data, still, generators(0, 1)).history[0].loss
+    for member, loss in enumerate(losses):
+        weight, bias = (population.parameters[f"1.{name}"][member] for name in ("weight", "bias"))
+        outputs = torch.nn.functional.linear(data.train.images.flatten(1).float() / 255, weight, bias)
+        assert loss == pytest.approx(torch.nn.functional.cross_entropy(outputs, data.train.labels).item(), rel=1e-5)
 
 
 def test_without_validation_nothing_is_selected():
