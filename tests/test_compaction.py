@@ -179,6 +179,10 @@ def assert_same(compacted, splits):
             for name, gradient in gradients.items():
                 torch.testing.assert_close(back.parameters[name][0], gradient, rtol=1e-8, atol=1e-12)
             assert back.buffers.keys() == buffers.keys()
+            for name, after in buffers.items():
+                before, found = full.buffers[name][member], back.buffers[name][0]
+                is_after = torch.isclose(found, after, rtol=1e-8, atol=1e-12)
+                assert (is_after | (found == before)).all() and is_after.sum() >= statistics[name].numel()
 
 
 def shapes(population):

@@ -4,14 +4,20 @@ import csv
 import functools
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import sample_networks
 import torch
 from safetensors.torch import load_file
 
 import sparsity
+from sparsity import stages
+from sparsity.compaction import compact
 from sparsity.errors import ConfigError, DivergedError, SparsityError, WeightsError
+from sparsity.experiment import Job, parts, run_members
+from sparsity.population import stack
 
 SMALL = ("model=mlp", "model.factory.hidden=[30]")
 
@@ -73,6 +79,47 @@ def test_the_same_command_gives_the_same_bits(run):
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert without_times(one) == without_times(other)
     assert third["accuracy"] != one["accuracy"]
+
+
+def test_members_draw_an_order_of_their_own_for_every_stage(run, monkeypatch):
+    train, seeds = stages.train, {}
+
+    def noted(population, splits, loop, generators, **more):
+        seeds[len(seeds)] = [generator.initial_seed() for generator in generators]
+        return train(population, splits, loop, generators, **more)
+
+    monkeypatch.setattr(stages, "train", noted)
+    for seed in (0, 1):
+        run(*SMALL, f"seed={seed}", "plots=false")
+    assert len(seeds) == 6 and len({drawn for each in seeds.values() for drawn in each}) == 6
+
+
+@pytest.mark.parametrize("elementwise", [True, False])
+def test_finetuning_is_compact_unless_the_optimizer_mixes_entries(elementwise, run, monkeypatch):
+    compacted = []
+    monkeypatch.setattr(parts, "is_elementwise", lambda optimizer: elementwise)
+    monkeypatch.setattr(stages, "compact", lambda *given: compacted.append(1) or compact(*given))
+    run(*SMALL, "sensitivity=0.5", "plots=false")
+    assert len(compacted) == elementwise
+
+
+def test_finetuning_holds_every_zero_but_those_of_normalisation():
+    torch.manual_seed(0)
+    population = stack([sample_networks.Normalised(10)])
+    parameters = {name: parameter.clone() for name, parameter in population.parameters.items()}
+    parameters["first.weight"][0, 1] = 0
+    assert not parameters["norm.bias"].any()  # as it begins
+    held = stages._holding_zeros(replace(population, parameters=parameters)).masks
+    assert list(held) == ["first.weight"] and torch.equal(held["first.weight"], parameters["first.weight"] != 0)
+
+
+@pytest.mark.parametrize(
+    ("in_sweep", "plots", "drawn"), [(True, "null", 0), (True, "true", 3), (False, "null", 3), (False, "false", 0)]
+)
+def test_members_of_a_sweep_draw_pictures_where_they_are_asked_to(in_sweep, plots, drawn, tmp_path):
+    composed = sparsity.config.compose([*SMALL, "data=digits", "schedule=smoke", "store=null", f"plots={plots}"])[0]
+    (result,) = run_members([Job(sparsity.config.read(composed), tmp_path / "run", in_sweep=in_sweep)])
+    assert len(list((tmp_path / "run").glob("*.png"))) == drawn and result["nonzero"]["weights"] > 0
 
 
 def test_stages_one_after_another_are_the_stages_together(run):

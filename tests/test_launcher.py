@@ -1,18 +1,27 @@
 """The population launcher: Hydra's own suite, and members that are as if they had run alone."""
 
 import contextlib
+import csv
 import json
+import logging
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, choices
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
 from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, IntegrationTestSuite, LauncherTestSuite
+from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from sparsity import config, experiment
+from sparsity import config, experiment, stages
 from sparsity.errors import ConfigError, DivergedError
 from sparsity.experiment import parts as experiment_parts
 from sparsity.launcher import PopulationLauncher
@@ -134,7 +143,8 @@ def test_floats_of_a_method_may_differ(members):
 
 
 def test_one_after_another_is_each_alone_to_the_bit(members):
-    together, alone = members(MLP, DIFFERING[:2], stacked=False)
+    differing = [(*own, f"reg.decay={decay}") for own, decay in zip(DIFFERING[:2], (1e-4, 1e-2))]
+    together, alone = members(MLP, differing, stacked=False)
     for one, other in zip(together, alone):
         left, right = (load_file(f"{result['folder']}/model.safetensors") for result in (one, other))
         assert all(torch.equal(left[name], right[name]) for name in left)
@@ -146,14 +156,35 @@ def test_a_population_of_one_and_of_none(members):
     assert experiment.run_members([]) == []
 
 
+def test_a_member_has_its_own_selected_epoch_and_the_network_of_it(tmp_path, monkeypatch):
+    """Finetuning is given other selected networks than the last ones."""
+    finetune = stages.finetune
+
+    def selecting(population, parts):
+        trained = finetune(population, parts)
+        selected = trained.last.map(lambda tensor: tensor * 0)
+        return replace(trained, selected=selected, selected_epoch=list(range(len(parts.seeds))))
+
+    monkeypatch.setattr(stages, "finetune", selecting)
+    jobs = [job(tmp_path / str(number), *MLP, *own) for number, own in enumerate(DIFFERING)]
+    outcomes = experiment.run_members(jobs, stacked=True)
+    assert [outcome["accuracy"]["selected"]["epoch"] for outcome in outcomes] == [0, 1, 2]
+    for outcome in outcomes:
+        selected = outcome["accuracy"]["selected"]
+        with open(f"{outcome['folder']}/history.csv", newline="") as file:
+            tests = [float(row["test"]) for row in csv.DictReader(file) if row["stage"] == "finetune"]
+        assert selected["test"] == pytest.approx(tests[selected["epoch"]])
+        state = load_file(f"{outcome['folder']}/model.safetensors")
+        assert not any(tensor.any() for tensor in state.values())
+        assert outcome["nonzero"]["weights"] == 0
+
+
 # --- groups and failures ---------------------------------------------------------------------------------------------
 
 
 def run_jobs(tmp_path, common, differing, **how):
     composed = []
     for number, own in enumerate(differing):
-        from omegaconf import OmegaConf, open_dict
-
         each, hydra = config.compose([*common, *own])
         OmegaConf.set_readonly(hydra, False)
         with open_dict(each), open_dict(hydra):
@@ -240,6 +271,63 @@ def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplo
     assert all(len(outcome) == 2 for outcome in outcomes)
 
 
+@pytest.mark.parametrize(
+    ("how", "sizes"),
+    [({"stacked": True}, [5]), ({"stacked": True, "limit": 2}, [2, 2, 1]), ({"stacked": False}, [1] * 5)],
+)
+def test_members_are_trained_as_many_at_a_time_as_is_asked(how, sizes, tmp_path, monkeypatch):
+    found = trained_at_a_time(monkeypatch)
+    run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [(f"seed={seed}",) for seed in range(5)], **how)
+    assert found == sizes
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_what_is_faster_is_asked_of_a_measurement(pays, tmp_path, monkeypatch):
+    found = trained_at_a_time(monkeypatch)
+    monkeypatch.setattr(experiment_parts, "_stacking_pays", lambda population, parts: pays)
+    run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)])
+    assert found == ([2] if pays else [1, 1])
+
+
+def trained_at_a_time(monkeypatch):
+    """How many members each stage is run with."""
+    from sparsity.experiment import record
+
+    stage, sizes = record._run_stage, []
+    noted = lambda name, before, parts: sizes.append(before.num_members) or stage(name, before, parts)  # noqa: E731
+    monkeypatch.setattr(record, "_run_stage", noted)
+    return sizes
+
+
+def test_settings_reach_the_task_and_what_is_said_of_a_member_its_log_alone(tmp_path):
+    asked = []
+
+    def task(config):
+        raise AssertionError("jobs run together")
+
+    def together(jobs, listen, **how):
+        asked.append((how, [job.seed for job in jobs]))
+        with listen([0, 1]):
+            logging.getLogger("sparsity").warning("said of both")
+            logging.getLogger("sparsity").warning("said of one", extra={"member": 1})
+        return [(0.5,), DivergedError("lost")]
+
+    task.together = together
+    with initialize_config_dir(config_dir=str(ROOT / "conf")):
+        own = PopulationLauncher(stacked=True, max_members=3)
+        composed = compose("config", [f"hydra.sweep.dir={tmp_path}", "hydra.job.name=main"], return_hydra_config=True)
+        OmegaConf.set_readonly(composed.hydra, False)
+        loader = GlobalHydra.instance().config_loader()
+        context = SimpleNamespace(config_loader=loader, execution_whitelist=None, callbacks=Callbacks())
+        own.setup(hydra_context=context, task_function=task, config=composed)
+        returns = own.launch([["seed=7"], ["seed=8"]], initial_job_idx=4)
+    assert asked == [({"stacked": True, "limit": 3}, [7, 8])]
+    assert returns[0].return_value == (0.5,) and returns[1].status is JobStatus.FAILED
+    first, second = ((tmp_path / number / "main.log").read_text() for number in "45")
+    assert "said of both" in first and "said of one" not in first
+    assert "said of both" in second and "said of one" in second and "lost" in second
+
+
 def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplog):
     from sparsity.experiment import record
 
@@ -282,13 +370,11 @@ def test_as_typed(tmp_path):
     assert plain.returncode == stacked.returncode == 2 and "Traceback" not in stacked.stderr
     tables = []
     for name in ("plain", "stacked"):
-        rows = (tmp_path / name / "summary.csv").read_text().splitlines()
-        header = rows[0].split(",")
-        kept = [
-            index for index, column in enumerate(header) if not column.startswith("seconds.") and column != "folder"
-        ]
-        tables.append([[row.split(",")[index] for index in kept] for row in rows if '"' not in row])
-    assert tables[0] == tables[1]
+        with (tmp_path / name / "summary.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [key for key in rows[0] if not key.startswith("seconds.") and key != "folder"]
+        tables.append([{key: row[key] for key in kept} for row in rows])
+    assert tables[0] == tables[1] and [row["status"] for row in tables[0]] == ["done"] * 4 + ["failed"] * 2
     for number in range(4):
         assert "pretrain" in (tmp_path / "stacked" / str(number) / "main.log").read_text()
         assert (tmp_path / "stacked" / str(number) / ".hydra" / "overrides.yaml").exists()

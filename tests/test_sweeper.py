@@ -326,6 +326,8 @@ def test_mistakes_in_a_row_end_the_search_and_one_does_not(searching):
         searching(answer=failing(ConfigError("this point"), {2}))
     with pytest.raises(ConfigError, match="disk"):
         searching(answer=failing(ConfigError("disk"), {1, 2, 3}), n_trials=20)
+    with pytest.raises(SparsityError, match="3 of 29 members failed"):  # never three in a row
+        searching(answer=failing(ConfigError("these points"), {1, 3, 5}), n_trials=29)
 
 
 def test_the_failure_rate_can_end_it(searching):

@@ -170,6 +170,28 @@ def test_hypervolume_of_points(sweep):
     assert found == pytest.approx(expected)
 
 
+def test_hypervolumes_as_printed(sweep, capsys):
+    put(sweep / "12", ["model=lenet300", "reg.decay=1e-9", "seed=0"], 0.94, 0.999, 60)  # dominated on validation
+    assert main([str(sweep), "--objectives", "accuracy,macs"]) == 0
+    text = capsys.readouterr().out
+    front = read([sweep], objectives=["accuracy", "macs"]).front
+    assert {point.value("reg.decay") for point in front} == {"1e-3", "1e-4", "1e-6"}
+
+    def volume(accuracy):
+        """Of the steps below the points, from the smallest network on."""
+        found, reached = 0.0, 0.9
+        for point in sorted(front, key=lambda point: point.mean("macs.pruned")):
+            gain = max(point.mean(accuracy) - reached, 0.0)
+            found += gain * math.log10(TOTAL / point.mean("macs.pruned"))
+            reached += gain
+        return found
+
+    volumes = [volume(f"accuracy.final.{part}") for part in ("validation", "test")]
+    assert f"{volumes[0]:.4f}" != f"{volumes[1]:.4f}"
+    for each in volumes:
+        assert f"{each:.4f}" in text
+
+
 # --- summary.csv -----------------------------------------------------------------------------------------------------
 
 
@@ -414,6 +436,24 @@ def test_the_smallest_that_keeps_an_accuracy_is_chosen_on_validation(sweep):
     points, names = read([sweep]).points, ["accuracy", "compression"]
     chosen = {accuracy: smallest(points, accuracy, names).value("reg.decay") for accuracy in (0.9, 0.982, 0.9845)}
     assert chosen == {0.9: "1e-6", 0.982: "1e-4", 0.9845: "1e-3"}  # 1e-5 has a test accuracy of 0.982, and 0.98 here
+
+
+def test_a_choice_of_just_the_accuracy_asked_and_by_the_size_asked(tmp_path):
+    for place, (validation, compression, macs) in enumerate([(0.99, 10.0, 500), (0.98, 30.0, 900), (0.985, 20.0, 100)]):
+        result = {"macs": {"dense": TOTAL, "pruned": macs}}
+        put(tmp_path / str(place), [f"reg.decay={place}"], validation, 0.9, compression, **result)
+    points = read([tmp_path]).points
+    found = [
+        smallest(points, 0.98, ["accuracy", name]).value("reg.decay") for name in ("compression", "macs", "nonzero")
+    ]
+    assert found == ["1", "2", "1"]
+    assert smallest(points, 0.99, ["accuracy", "macs"]).value("reg.decay") == "0"
+
+
+def test_the_seed_that_stands_for_a_point_is_the_best_on_validation(tmp_path):
+    for seed, (validation, test) in enumerate([(0.97, 0.99), (0.98, 0.96), (0.98, 0.97)]):
+        put(tmp_path / str(seed), ["reg.decay=1", f"seed={seed}"], validation, test)
+    assert read([tmp_path]).points[0].best.seed == "1"
 
 
 def test_choosing_and_exporting(sweep, tmp_path, capsys):
