@@ -71,6 +71,17 @@ def test_pruned_entries_stay_exactly_zero(optimizer):
         assert (weight[mask] != parameters["1.weight"][mask]).all()
 
 
+def test_a_penalty_moves_no_pruned_entry():
+    population = linear()
+    mask = torch.rand(1, 2, 36, generator=torch.Generator().manual_seed(1)) < 0.3
+    parameters = {**population.parameters, "1.weight": population.parameters["1.weight"] * mask}
+    pruned = replace(population, parameters=parameters, masks={"1.weight": mask})
+    function = total_penalty(lambda view: (view - 1).square().sum(), population.layouts, ["1.weight"])
+    penalty = Penalty(function, torch.tensor([0.1]), {})
+    weight = train(pruned, splits(), loop(), generators(0), penalty=penalty).last.parameters["1.weight"]
+    assert not weight[~mask].any() and (weight[mask] > parameters["1.weight"][mask]).float().mean() > 0.9
+
+
 def test_training_leaves_its_argument_alone():
     population = stack([network()])
     before = population.clone()
