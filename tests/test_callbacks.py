@@ -1,5 +1,6 @@
 """What the callback of a sweep refuses, and what it says when a sweep ends by an error; no member is trained here."""
 
+import json
 import os
 import types
 
@@ -9,9 +10,10 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from test_sweeps import put
 
 from sparsity import config
-from sparsity.callbacks import Sweep
+from sparsity.callbacks import Progress, Sweep
 from sparsity.errors import DivergedError
 
 
@@ -87,6 +89,39 @@ def test_a_job_of_another_process_goes_where_the_sweep_was_started(sweep, tmp_pa
     sent.__dict__.update(own.__getstate__())
     sent.on_job_start(composed)
     assert os.getcwd() == str(tmp_path)
+
+
+def test_what_is_said_while_members_end(sweep, tmp_path, caplog):
+    own, composed = sweep
+    told = json.loads((tmp_path / "made" / "sweep.json").read_text())
+    assert told["objectives"] == ["accuracy", "compression"] and told["swept"] == ["seed"] and told["total"] == 2
+    with caplog.at_level("INFO"):
+        own.on_job_end(composed)
+        assert "sweep:" not in caplog.text
+        put(tmp_path / "made" / "0", ["seed=0"])
+        own.on_job_end(composed)
+    assert caplog.text.count("sweep: 1 of 2 members | front of 1, validation 98.00% at 20.0×") == 1
+
+
+def test_ends_of_the_front_and_time_left_by_what_ended_since_the_start(tmp_path, caplog):
+    put(tmp_path / "0", ["reg.decay=1"], 0.98, 0.9, 10.0)
+    progress = Progress(tmp_path, 5)
+    put(tmp_path / "1", ["reg.decay=2"], 0.95, 0.99, 30.0)
+    put(tmp_path / "2", ["reg.decay=3"], 0.97, 0.99, 5.0)
+    progress.start -= 60
+    with caplog.at_level("INFO"):
+        progress.say()
+    said = "sweep: 3 of 5 members | front of 2, validation 98.00% at 10.0× to 95.00% at 30.0× | 0:01:00 left"
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(("name", "watches"), [("basic", False), ("population", False), ("joblib", True)])
+def test_the_folder_is_watched_where_members_run_in_other_processes(name, watches, tmp_path):
+    own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}/made")
+    composed.hydra.runtime.choices["hydra/launcher"] = name
+    own.on_multirun_start(composed)
+    own.progress.stop()
+    assert (own.progress.thread is not None) == watches
 
 
 def ended_by(error, own, composed):

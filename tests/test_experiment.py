@@ -17,7 +17,10 @@ from sparsity import stages
 from sparsity.compaction import compact
 from sparsity.errors import ConfigError, DivergedError, SparsityError, WeightsError
 from sparsity.experiment import Job, parts, run_members
+from sparsity.models import build
 from sparsity.population import stack
+from sparsity.results import accuracies
+from sparsity.training import Epoch
 
 SMALL = ("model=mlp", "model.factory.hidden=[30]")
 
@@ -111,6 +114,40 @@ def test_finetuning_holds_every_zero_but_those_of_normalisation():
     assert not parameters["norm.bias"].any()  # as it begins
     held = stages._holding_zeros(replace(population, parameters=parameters)).masks
     assert list(held) == ["first.weight"] and torch.equal(held["first.weight"], parameters["first.weight"] != 0)
+
+
+def test_selected_last_and_best_are_of_their_own_epochs():
+    rows = [(0.5, 0.9), (0.8, 0.6), (0.7, 0.95), (0.6, 0.7)]
+    history = [Epoch(epoch, None, None, None, [0.0, v], [0.0, t], None, 0.0) for epoch, (v, t) in enumerate(rows)]
+    final = {"validation": 0.8, "test": 0.6}
+    found = accuracies({"final": final, "dense": final}, history, 1, 1)
+    assert found["selected"] == {**final, "epoch": 1} and found["last"] == {"validation": 0.6, "test": 0.7}
+    assert found["best"] == {"test": 0.95, "epoch": 2}
+    assert found["pruned"] == {"validation": None, "test": None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stage", "num_steps", "way"),
+    [
+        ([], "regularize", 999, "eager"),
+        ([], "regularize", 1_000, "recorded"),
+        ([], "regularize", 7_999, "recorded"),
+        ([], "regularize", 8_000, "compiled"),
+        (["step=eager"], "regularize", 8_000, "eager"),
+        (["step=compiled"], "regularize", 1, "compiled"),
+        (["model=lenet5"], "pretrain", 8_000, "recorded"),
+        (["model=lenet5"], "regularize", 8_000, "compiled"),
+        (["model=lenet5", "reg=none"], "regularize", 8_000, "recorded"),
+    ],
+)
+def test_how_steps_are_computed(overrides, stage, num_steps, way):
+    model = [] if "model=lenet5" in overrides else SMALL
+    run = sparsity.config.read(sparsity.config.compose([*model, *overrides])[0])
+    population = stack([build(run.model.factory.partial(), (1, 28, 28), 10, 0)])
+    assert parts.way_of(run, stage, population, num_steps) == way
+    if "step" not in str(overrides):
+        foreign = stack([build(sample_networks.Normalised, (1, 28, 28), 10, 0)])
+        assert parts.way_of(run, stage, foreign, num_steps) == "eager"
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,14 @@ def test_floats_of_a_method_may_differ(members):
     assert together[0]["layers"] != together[1]["layers"]
 
 
+def test_layers_have_sensitivities_of_each_members_own(members):
+    together, alone = members(MLP, [("prune.layers.fc1=0.2",), ("prune.layers.fc1=0.6",)], stacked=True)
+    check_equal(together, alone)
+    cuts = [{layer["name"]: layer["threshold"] / layer["std"] for layer in one["layers"]} for one in together]
+    assert [cut["fc1.weight"] for cut in cuts] == pytest.approx([0.2, 0.6], rel=1e-4)
+    assert cuts[0]["fc2.weight"] == pytest.approx(cuts[1]["fc2.weight"], rel=1e-4)
+
+
 def test_one_after_another_is_each_alone_to_the_bit(members):
     differing = [(*own, f"reg.decay={decay}") for own, decay in zip(DIFFERING[:2], (1e-4, 1e-2))]
     together, alone = members(MLP, differing, stacked=False)
@@ -205,9 +213,10 @@ def test_what_differs_in_more_than_numbers_splits_the_group(tmp_path, monkeypatc
         ("seed=2", "sensitivity=0.3"),
         ("model.factory.hidden=[5]",),
         ("reg.decay=1",),
+        ("optimizer=adam",),
     ]
     outcomes = run_jobs(tmp_path, common, differing)
-    assert sorted(groups) == [1, 1, 3] and all(len(outcome) == 2 for outcome in outcomes)
+    assert sorted(groups) == [1, 1, 1, 3] and all(len(outcome) == 2 for outcome in outcomes)
 
 
 def test_a_job_sees_its_own_hydra(tmp_path):
@@ -284,7 +293,8 @@ def test_members_are_trained_as_many_at_a_time_as_is_asked(how, sizes, tmp_path,
 @pytest.mark.parametrize("pays", [True, False])
 def test_what_is_faster_is_asked_of_a_measurement(pays, tmp_path, monkeypatch):
     found = trained_at_a_time(monkeypatch)
-    monkeypatch.setattr(experiment_parts, "_stacking_pays", lambda population, parts: pays)
+    together = 1.5 if pays else 1.9  # of the time of one member, for two
+    monkeypatch.setattr(experiment_parts, "_seconds", lambda some, parts: together if some.num_members == 2 else 1.0)
     run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)])
     assert found == ([2] if pays else [1, 1])
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -141,6 +142,24 @@ def test_local_processes_share_the_cores(n_jobs, threads, monkeypatch):
     assert local.launch([["a"], ["b"], ["c"]], 5) == ["return of 5", "return of 6", "return of 7"]
     assert sorted(local.submitit.launched) == [(["a"], 5, threads), (["b"], 6, threads), (["c"], 7, threads)]
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_as_many_local_processes_run_at_a_time_as_are_asked_for(n_jobs):
+    running, most = set(), []
+
+    class Slow(Submitit):
+        def launch(self, job_overrides, initial_job_idx):
+            running.add(initial_job_idx)
+            most.append(len(running))
+            time.sleep(0.1)
+            running.remove(initial_job_idx)
+            return super().launch(job_overrides, initial_job_idx)
+
+    local = launcher.LocalLauncher(n_jobs)
+    local.submitit = Slow()
+    local.launch([["a"], ["b"], ["c"], ["d"]], 0)
+    assert max(most) == n_jobs
 
 
 def test_the_users_own_number_of_threads_stays(monkeypatch):

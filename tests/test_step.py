@@ -232,3 +232,14 @@ def test_modules_of_others_may_branch():
     assert capture.is_known(resnet18()) and capture.is_known(build(partial(torch.nn.Linear, 3, 2), (3,), 2, 0))
     assert not capture.is_known(network())
     assert not capture.is_known(resnet18(), "sparsity.models.mlp", "my_methods.annealed")
+
+
+def test_arguments_in_another_memory_order_are_recorded_anew():
+    def doubled(matrix):
+        return [matrix.reshape(-1) * 2]
+
+    replayed = capture.Replayed(doubled, "recorded", torch.device("cpu"), list)
+    matrix = torch.arange(6.0).reshape(2, 3)
+    for argument in [*[matrix] * 4, *[matrix.T.contiguous().T] * 4]:
+        assert torch.equal(replayed(argument)[0], doubled(argument)[0])
+    assert len(replayed.replays) == 2

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import filelock
 import optuna
 import pytest
 from conftest import ROOT, choices, slow
@@ -55,10 +57,10 @@ class Launcher:
     """Answers for members at once, leaves their results, and remembers what it was asked."""
 
     def __init__(self, answer, folder):
-        self.answer, self.folder, self.asked, self.batches = answer, folder, [], []
+        self.answer, self.folder, self.asked, self.batches, self.first = answer, folder, [], [], []
 
     def launch(self, overrides, initial_job_idx):
-        self.batches.append(len(overrides))
+        self.batches.append(len(overrides)), self.first.append(initial_job_idx)
         returns = []
         for each in overrides:
             settings = dict(entry.split("=", 1) for entry in each)
@@ -128,11 +130,15 @@ def test_a_search_runs_n_trials_in_all(searching):
     assert folders(more.asked) == ["4", "5", "6"]
     values = [trial.values for trial in study.trials]
     assert values == [list(trade(settings)) for settings in first.asked + more.asked]
+    kept = OmegaConf.load("sweep/optimization_results.yaml").solutions
+    best = sorted(study.best_trials, key=lambda trial: trial.values)
+    assert sorted(list(each["values"]) for each in kept) == [trial.values for trial in best]
+    assert {each["params"]["sensitivity"] for each in kept} == {trial.params["sensitivity"] for trial in best}
 
 
 def test_members_are_handed_over_n_jobs_at_a_time(searching):
     launcher, _ = searching("hydra.sweeper.n_jobs=4", n_trials=6)
-    assert launcher.batches == [4, 2] and len(set(points(launcher.asked))) == 6
+    assert launcher.batches == [4, 2] and launcher.first == [0, 4] and len(set(points(launcher.asked))) == 6
 
 
 @pytest.mark.slow
@@ -144,6 +150,25 @@ def test_every_sampler_searches_and_repeats_no_point(name, searching):
     for settings in first.asked + more.asked:
         assert 1e-5 <= float(settings["reg.decay"]) <= 1e-3 and 0.01 <= float(settings["sensitivity"]) <= 1
     assert [str(direction) for direction in study.directions] == ["2", "2"]
+
+
+@pytest.mark.slow
+def test_a_sequence_goes_on_where_it_was(searching, tmp_path):
+    asked = [searching("search=quasi_random", n_trials=number)[0].asked for number in (3, 6)]
+    os.remove(tmp_path / "studies.log")
+    whole, _ = searching("search=quasi_random", n_trials=6)
+    assert points(asked[0] + asked[1]) == points(whole.asked)
+
+
+def test_two_searches_do_not_ask_at_once(searching, tmp_path):
+    with filelock.FileLock(tmp_path / ".studies.log.lock"):
+        found = []
+        other = threading.Thread(target=lambda: found.append(searching(n_trials=1)))
+        other.start()
+        other.join(1.5)
+        assert other.is_alive() and not found
+    other.join(60)
+    assert len(found[0][0].asked) == 1
 
 
 def test_the_same_seed_asks_for_the_same_points(searching, tmp_path):
