@@ -129,6 +129,9 @@ def test_networks_with_convolutions_are_the_same_or_run_singly(model, members):
     together, alone = members(common, [("seed=0",), ("seed=1",)], stacked=True)
     for one, other in zip(together, alone):
         assert abs(one["accuracy"]["final"]["test"] - other["accuracy"]["final"]["test"]) <= 4 / 360
+        left, right = (load_file(f"{result['folder']}/stages/pretrain.safetensors") for result in (one, other))
+        for name in left:
+            torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
 
 
 def test_floats_of_a_method_may_differ(members):
