@@ -103,12 +103,13 @@ def test_what_is_said_while_members_end(sweep, tmp_path, caplog):
     assert caplog.text.count("sweep: 1 of 2 members | front of 1, validation 98.00% at 20.0×") == 1
 
 
-def test_ends_of_the_front_and_time_left_by_what_ended_since_the_start(tmp_path, caplog):
+def test_ends_of_the_front_and_time_left_by_what_ended_since_the_start(tmp_path, caplog, monkeypatch):
+    seconds = iter([100.0, 160.0])
+    monkeypatch.setattr("sparsity.callbacks.time", types.SimpleNamespace(monotonic=lambda: next(seconds)))
     put(tmp_path / "0", ["reg.decay=1"], 0.98, 0.9, 10.0)
     progress = Progress(tmp_path, 5)
     put(tmp_path / "1", ["reg.decay=2"], 0.95, 0.99, 30.0)
     put(tmp_path / "2", ["reg.decay=3"], 0.97, 0.99, 5.0)
-    progress.start -= 60
     with caplog.at_level("INFO"):
         progress.say()
     said = "sweep: 3 of 5 members | front of 2, validation 98.00% at 10.0× to 95.00% at 30.0× | 0:01:00 left"

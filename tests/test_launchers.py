@@ -152,7 +152,7 @@ def test_as_many_local_processes_run_at_a_time_as_are_asked_for(n_jobs):
         def launch(self, job_overrides, initial_job_idx):
             running.add(initial_job_idx)
             most.append(len(running))
-            time.sleep(0.1)
+            time.sleep(0.3)
             running.remove(initial_job_idx)
             return super().launch(job_overrides, initial_job_idx)
 
