@@ -29,7 +29,8 @@ def choices(group: str) -> list[str]:
 
 def slow(*values: object) -> list:
     """Parameters of which the quick tests leave out all."""
-    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+    each = [value if isinstance(value, tuple) else (value,) for value in values]
+    return [pytest.param(*value, marks=pytest.mark.slow) for value in each]
 
 
 def some_slow(values: list[str], *slow_ones: str) -> list:

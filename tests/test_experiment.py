@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import sample_networks
 import torch
+from conftest import slow
 from safetensors.torch import load_file
 
 import sparsity
@@ -151,7 +152,8 @@ def test_how_steps_are_computed(overrides, stage, num_steps, way):
 
 
 @pytest.mark.parametrize(
-    ("in_sweep", "plots", "drawn"), [(True, "null", 0), (True, "true", 3), (False, "null", 3), (False, "false", 0)]
+    ("in_sweep", "plots", "drawn"),
+    [(True, "null", 0), *slow((True, "true", 3), (False, "null", 3), (False, "false", 0))],
 )
 def test_members_of_a_sweep_draw_pictures_where_they_are_asked_to(in_sweep, plots, drawn, tmp_path):
     composed = sparsity.config.compose([*SMALL, "data=digits", "schedule=smoke", "store=null", f"plots={plots}"])[0]

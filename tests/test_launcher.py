@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, choices
+from conftest import ROOT, choices, slow
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -285,7 +285,7 @@ def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplo
 
 @pytest.mark.parametrize(
     ("how", "sizes"),
-    [({"stacked": True}, [5]), ({"stacked": True, "limit": 2}, [2, 2, 1]), ({"stacked": False}, [1] * 5)],
+    [({"stacked": True, "limit": 2}, [2, 2, 1]), *slow(({"stacked": True}, [5]), ({"stacked": False}, [1] * 5))],
 )
 def test_members_are_trained_as_many_at_a_time_as_is_asked(how, sizes, tmp_path, monkeypatch):
     found = trained_at_a_time(monkeypatch)

@@ -144,6 +144,7 @@ def test_local_processes_share_the_cores(n_jobs, threads, monkeypatch):
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_jobs", [1, 2])
 def test_as_many_local_processes_run_at_a_time_as_are_asked_for(n_jobs):
     running, most = set(), []

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import sample_networks
 import torch
-from conftest import choices, some_slow
+from conftest import choices, slow, some_slow
 from test_training import generators, network, splits
 
 from sparsity import capture, config, step
@@ -67,7 +67,7 @@ def replays(monkeypatch):
 
 
 @pytest.mark.parametrize("optimize", some_slow(choices("optimizer"), "adamw", "sgd"))
-@pytest.mark.parametrize(("name", "num_pieces"), [("normalised", 4), ("dropout", 3)])
+@pytest.mark.parametrize(("name", "num_pieces"), [("normalised", 4), *slow(("dropout", 3))])
 def test_a_recorded_step_is_the_step(name, num_pieces, optimize, replays):
     members = [NETWORKS[name](seed=0)]
     masked = name == "normalised"
@@ -206,7 +206,7 @@ def captured(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("optimize", ["adam", "sgd"])
+@pytest.mark.parametrize("optimize", ["adam", *slow("sgd")])
 @pytest.mark.parametrize("num_members", [1, 3])
 def test_the_way_of_a_gpu_is_the_step(num_members, optimize, captured, monkeypatch):
     """One graph for whole batches and one for the last, in one pool; the batch is gathered inside."""

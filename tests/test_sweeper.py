@@ -165,6 +165,7 @@ def test_a_sequence_goes_on_where_it_was(searching):
             assert {key: str(value) for key, value in trial.params.items()}.items() <= settings.items()
 
 
+@pytest.mark.slow
 def test_two_searches_do_not_ask_at_once(searching, tmp_path):
     with filelock.FileLock(tmp_path / ".studies.log.lock"):
         found = []
@@ -422,7 +423,7 @@ def test_nothing_to_search(searching):
         ),
         pytest.param("reg.decay=0.1", "searches reg.decay in .*, asked is no range", marks=pytest.mark.slow),
         pytest.param("objectives=[accuracy,macs]", "has objectives=", marks=pytest.mark.slow),
-        ("seed=1", "was made for"),
+        pytest.param("seed=1", "was made for", marks=pytest.mark.slow),
     ],
 )
 def test_a_named_study_is_of_one_search(override, words, searching):

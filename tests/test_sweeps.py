@@ -408,6 +408,7 @@ def test_one_member_has_pictures(tmp_path, numbers):
     assert (tmp_path / "pareto.png").stat().st_size > 1000 and (tmp_path / "pareto.html").exists()
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_again_only_where_they_change(sweep):
     def times():
         return [(sweep / name).stat().st_mtime_ns for name in ("pareto.png", "pareto.html")]
