@@ -58,7 +58,8 @@ class Replayed:
         except Exception as error:  # whatever cannot be recorded runs as it is
             log.warning(f"warning: a training step cannot be recorded ({reason(error)}): it runs op by op")
         self.way = "eager"
-        _restore(self.changes(), before, random)  # the recorded call may have gone half its way
+        _restore(self.changes(), before)  # the recorded call may have gone half its way
+        _set_random_state(random, self.device)
         return self.function(*arguments)
 
     def _record(self, layout: Any, arguments: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -76,14 +77,17 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
-def _restore(tensors: Sequence[Tensor], before: Sequence[Tensor], random: Sequence[Tensor]) -> None:
-    """Puts back what tensors and random states were."""
+def _set_random_state(states: Sequence[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
+def _restore(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Puts back what tensors were."""
     with torch.no_grad():
         for tensor, value in zip(tensors, before):
             tensor.copy_(value)
-    torch.set_rng_state(random[0])
-    for state, device in zip(random[1:], {tensor.device for tensor in tensors}):
-        torch.cuda.set_rng_state(state, device)
 
 
 def recorded(function: Function, arguments: Sequence[Tensor]) -> tuple[GraphModule, Sequence[Tensor]]:

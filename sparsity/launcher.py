@@ -43,8 +43,7 @@ class PopulationLauncher(BasicLauncher):
     def __init__(self, stacked: bool | None = None, max_members: int | None = None):
         super().__init__()
         if max_members is not None and max_members < 1:
-            print(f"hydra.launcher.max_members must be a whole number ≥ 1, got {max_members}", file=sys.stderr)
-            raise SystemExit(USER_MISTAKE)
+            _refuse(f"hydra.launcher.max_members must be a whole number ≥ 1, got {max_members}")
         self.stacked, self.max_members = stacked, max_members
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

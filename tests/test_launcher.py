@@ -307,7 +307,11 @@ def trained_at_a_time(monkeypatch):
     from sparsity.experiment import record
 
     stage, sizes = record._run_stage, []
-    noted = lambda name, before, parts: sizes.append(before.num_members) or stage(name, before, parts)  # noqa: E731
+
+    def noted(name, before, parts):
+        sizes.append(before.num_members)
+        return stage(name, before, parts)
+
     monkeypatch.setattr(record, "_run_stage", noted)
     return sizes
 

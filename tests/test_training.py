@@ -178,7 +178,7 @@ class Breaking(torch.optim.SGD):
 
 
 def test_weights_that_are_not_finite_are_divergence_whatever_the_loss_was():
-    population, once = linear(2), replace(loop(epochs=1, optimizer=Breaking), batch_size=64)  # before the weights broke
+    population, once = linear(2), replace(loop(epochs=1, optimizer=Breaking), batch_size=64)  # one batch
     trained = train(population, splits(), once, generators(0, 1))
     assert trained.diverged == [None, 1] and torch.tensor(trained.history[0].objective).isfinite().all()
     assert torch.equal(trained.last.parameters["1.weight"][1], population.parameters["1.weight"][1])

@@ -108,9 +108,7 @@ class Record:
         """choose: how many members are trained as one."""
         self.parts, self.population, self.device, self.store = parts, population, device, store
         self.choose = choose
-        self.at_a_time: int | None = (
-            None  # how many members are trained as one; chosen where something is to be trained
-        )
+        self.at_a_time: int | None = None  # chosen where something is to be trained
         self.splits = parts.splits
         self.run = jobs[0].run
         self.graph: dict[str, Layer] = trace(population.module, parts.splits.example())
