@@ -1,4 +1,4 @@
-"""What a number of the configuration may be: annotations that a reader understands and `config.py` checks."""
+"""What a number of the configuration may be: annotations that a reader understands and `config` checks."""
 
 from typing import Annotated, NamedTuple
 

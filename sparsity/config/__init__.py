@@ -1,0 +1,46 @@
+"""The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
+
+from sparsity.config.composing import compose, register, said
+from sparsity.config.reading import idle_settings, read, sensitivity_range
+from sparsity.config.schema import (
+    STAGES,
+    Call,
+    Data,
+    Model,
+    Normalization,
+    Regularizer,
+    Rule,
+    Run,
+    Schedule,
+    StageSchedule,
+)
+from sparsity.config.sweeps import check_sweep, count_members, search_ranges, sweep_name, swept_keys
+from sparsity.config.trust import TRUSTED, admitted
+from sparsity.config.typed import check
+
+__all__ = [
+    "STAGES",
+    "TRUSTED",
+    "Call",
+    "Data",
+    "Model",
+    "Normalization",
+    "Regularizer",
+    "Rule",
+    "Run",
+    "Schedule",
+    "StageSchedule",
+    "admitted",
+    "check",
+    "check_sweep",
+    "compose",
+    "count_members",
+    "idle_settings",
+    "read",
+    "register",
+    "said",
+    "search_ranges",
+    "sensitivity_range",
+    "sweep_name",
+    "swept_keys",
+]

@@ -1,0 +1,113 @@
+"""A composed config as the checked settings of a run, and what no single key can get wrong."""
+
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from typing import get_args
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from sparsity.config.schema import STAGES, Call, Run
+from sparsity.config.trust import TRUSTED, patterns
+from sparsity.config.typed import check
+from sparsity.errors import ConfigError
+from sparsity.front import OBJECTIVES
+from sparsity.kinds import Range
+
+
+def read(
+    config: DictConfig, *, trust: Sequence[str] = (), choices: Mapping[str, str | None] = types.MappingProxyType({})
+) -> Run:
+    """The checked run of a composed config.
+
+    trust: the modules that the user admits, from `admitted`; choices: of each group, for people to read.
+    """
+    try:
+        node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"{error.full_key} has no value: give it one on the command line") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
+    name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
+    run = check("", {**node, "name": name}, Run, (*TRUSTED, *patterns(trust)))
+    for entry in run.trust:
+        if entry not in trust:
+            raise ConfigError(f"trust=[{entry}] stands in a YAML: give it on the command line or in SPARSITY_TRUST")
+    _check_together(run)
+    return run
+
+
+def _check_together(run: Run) -> None:
+    """What no single key can get wrong."""
+    order = [STAGES.index(stage) for stage in run.stages]
+    if order != sorted(set(order)):
+        raise ConfigError(
+            f"stages must be in the order {', '.join(STAGES)}, each once at most, got {_shown(run.stages)}"
+        )
+    if run.model.weights is None and not {"pretrain", "regularize"} & set(run.stages):
+        raise ConfigError(
+            f"stages={_shown(run.stages)} needs a trained network: give model.weights=FILE, or begin with pretrain"
+        )
+    epochs = sum(getattr(run.schedule, stage).epochs for stage in run.stages if stage in ("pretrain", "regularize"))
+    if run.model.weights is None and not epochs and {"prune", "finetune"} & set(run.stages):
+        raise ConfigError(
+            "schedule.pretrain.epochs and schedule.regularize.epochs are 0, so that nothing is trained before pruning "
+            "or finetuning: raise one, or give model.weights=FILE"
+        )
+    for layer in run.prune.layers:
+        if layer in run.prune.exclude:
+            raise ConfigError(f"prune.layers.{layer} does nothing, as prune.exclude names {layer} too: drop one")
+    if run.data.validation >= 1 and run.data.validation != int(run.data.validation):
+        raise ConfigError(
+            f"data.validation must be a share below 1 or a whole number of images, got {run.data.validation}"
+        )
+    interval = sensitivity_range(run.prune.rule)
+    for key, value in {"sensitivity": run.sensitivity, **_layer_keys(run.prune.layers)}.items():
+        if value not in interval:
+            raise ConfigError(f"{key} must be a number {interval}, got {value:g}: prune={run.name.get('prune')}")
+    check_objectives(run.objectives)
+
+
+def _layer_keys(layers: dict[str, float]) -> dict[str, float]:
+    return {f"prune.layers.{layer}": value for layer, value in layers.items()}
+
+
+def sensitivity_range(rule: Call) -> Range:
+    """The interval of a rule's sensitivity, as its signature annotates it; finite and ≥ 0 where it does not."""
+    parameter = inspect.signature(rule.function).parameters.get("sensitivity")
+    if parameter is None:
+        raise ConfigError(f"{rule.key}._target_={rule.target} is no pruning rule: it takes no sensitivity")
+    return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
+
+
+def check_objectives(names: Sequence[str]) -> None:
+    """Refuses none, and one that is named twice."""
+    if len(names) != len(set(names)) or not names:
+        shown = _shown(list(names))
+        raise ConfigError(f"objectives must name each objective once, of {', '.join(OBJECTIVES)}; got {shown}")
+
+
+def _shown(names: list[str]) -> str:
+    """A list as it is typed on the command line."""
+    return f"[{','.join(names)}]"
+
+
+def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
+    """A line for each setting of the command line that this run makes no use of."""
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    lines = []
+    for key in keys:
+        group, _, rest = key.partition(".")
+        needs = {"reg": "regularize", "prune": "prune", "sensitivity": "prune"}.get(group)
+        if group == "schedule" and rest.partition(".")[0] in STAGES:
+            needs = rest.partition(".")[0]
+        if needs and needs not in run.stages:
+            lines.append(f"{key} does nothing: stages={_shown(run.stages)} has no {needs}")
+        elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
+            lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
+        elif (group == "optimizer" or key in ("schedule", "schedule.batch_size")) and not set(run.stages) - {"prune"}:
+            lines.append(f"{key} does nothing: stages={_shown(run.stages)} trains nothing")
+        elif key == "data.validation_seed" and not run.data.validation:
+            lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")
+    return lines

@@ -1,0 +1,87 @@
+"""What a sweep is: the keys that it sweeps, its name, the number of its members."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+from sparsity.config.reading import check_objectives
+from sparsity.config.schema import Objectives
+from sparsity.config.typed import check, flatten
+from sparsity.errors import ConfigError
+
+NEUTRAL = ("plots", "step", "store", "threads", "trust")  # keys that change no number, and so no sweep
+NAMING = ("search", "model", "data", "reg", "prune")  # groups whose choices make a sweep's name
+
+
+def search_ranges(composed: DictConfig) -> dict[str, str]:
+    """The ranges of a search, each as it stands beside the number that it ranges over: `reg.search.decay`."""
+    ranges = {}
+    for group, root in (("reg", "reg."), ("prune", "")):
+        own = OmegaConf.to_container(composed[group].search, resolve=True) or {}
+        ranges |= {f"{root}{key}": str(text) for key, text in flatten(own).items()}
+    return ranges
+
+
+def sweep_name(composed: DictConfig) -> str:
+    """The name of a sweep: the choices made in its groups, and the hash of its config and of what it ranges over.
+
+    composed: the config of a multirun, with `hydra` in it.
+    """
+    own = composed.hydra
+    typed = [text for text in own.overrides.task if _key(text) not in NEUTRAL]
+    config = {key: node for key, node in _plain(composed).items() if key not in (*NEUTRAL, "hydra")}
+    config.get("data", {}).pop("root", None)  # where the images lie; what they are, the stages look at
+    settings = {key: _plain(own.sweeper).get(key) for key in ("params", "sampler")}
+    swept = sorted(text for text in typed if swept_keys([text]))
+    text = json.dumps([config, swept, settings], sort_keys=True, default=str)
+    chosen = [str(own.runtime.choices.get(group)) for group in NAMING if group not in swept_keys(typed)]
+    names = [name for name in chosen if name != "None"]
+    return "-".join([*names, hashlib.sha256(text.encode()).hexdigest()[:8]])
+
+
+def swept_keys(overrides: Sequence[str]) -> list[str]:
+    """The keys that overrides give several values or a range."""
+    return [override.get_key_element().lstrip("+") for override in _parsed(overrides) if override.is_sweep_override()]
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides by Hydra's grammar; while Hydra runs, it knows the choices that a glob stands for."""
+    running = GlobalHydra.instance()
+    loader = running.config_loader() if running.is_initialized() else None
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
+
+
+def count_members(overrides: Sequence[str]) -> int | None:
+    """The number of jobs of a grid; None where an override is no list of values. Of equal keys the last one holds."""
+    last = {override.get_key_element(): override for override in _parsed(overrides)}
+    swept = [override for override in last.values() if override.is_sweep_override()]
+    if not all(override.is_discrete_sweep() for override in swept):
+        return None
+    return math.prod(len(list(override.sweep_string_iterator())) for override in swept)
+
+
+def check_sweep(composed: DictConfig) -> None:
+    """Refuses a sweep whose members would all be refused; composed: the config of a multirun, with `hydra` in it."""
+    own = composed.hydra
+    check_objectives(check("objectives", _plain(composed)["objectives"], Objectives))
+    if own.runtime.choices["hydra/sweeper"] == "basic":
+        for override in _parsed(own.overrides.task):
+            if override.is_sweep_override() and not override.is_discrete_sweep():
+                raise ConfigError(
+                    f"{override.input_line} is a range, which a search draws from: add search=pareto, or list values"
+                )
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(node, resolve=False)

@@ -1,0 +1,25 @@
+"""What a config may call, and the code from outside that the user admits."""
+
+import os
+from collections.abc import Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+TRUSTED = ("sparsity.*", "torch.optim.*")  # Hydra's patterns for what a config may call
+
+
+def admitted(arguments: Sequence[str]) -> list[str]:
+    """The modules whose code the user admits: `trust=` of a command line, and SPARSITY_TRUST.
+
+    To be asked before Hydra composes: a YAML can set variables and overrides, and must not admit code.
+    """
+    given = [argument.lstrip("+") for argument in arguments]
+    values = [OverridesParser.create().parse_override(entry).value() for entry in given if entry.startswith("trust=")]
+    named = [str(entry) for value in values for entry in (value if isinstance(value, list) else [value])]
+    return named + [entry for entry in os.environ.get("SPARSITY_TRUST", "").split(",") if entry]
+
+
+def patterns(trust: Sequence[str]) -> list[str]:
+    """Hydra's patterns for modules and functions."""
+    bare = [entry.removesuffix(".*") for entry in trust]
+    return [pattern for entry in bare for pattern in (entry, f"{entry}.*")]
