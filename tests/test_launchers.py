@@ -1,7 +1,7 @@
 """Launchers that run members in other processes: the same numbers as in process, and paths that mean the same."""
 
 import csv
-import importlib.util
+import importlib
 import json
 import os
 import shutil
@@ -33,9 +33,14 @@ RELATIVE = ("store=store", "hydra.sweep.dir=sweep", "hydra.sweeper.storage=sqlit
 
 
 def needs(name):
-    """Skips where the plugin of a launcher is not installed."""
-    if not importlib.util.find_spec("hydra_plugins") or not importlib.util.find_spec(f"hydra_plugins.{PLUGINS[name]}"):
-        pytest.skip(f"hydra/launcher={name} needs {PLUGINS[name]}, which is not installed")
+    """Skips where the plugin of a launcher is not installed; in CI, where every extra must be, the test fails."""
+    try:
+        importlib.import_module(f"hydra_plugins.{PLUGINS[name]}")
+    except ImportError as error:
+        lacks = f"hydra/launcher={name} needs {PLUGINS[name]}, which cannot be imported: {error}"
+        if os.environ.get("CI"):
+            pytest.fail(lacks)
+        pytest.skip(lacks)
 
 
 def sweep(folder, *arguments, **environment):
@@ -118,6 +123,14 @@ def test_threads_are_those_that_slurm_gives(monkeypatch):
     assert config.read(config.compose([])[0]).threads is None
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
     assert config.read(config.compose([])[0]).threads == 3
+
+
+@pytest.mark.parametrize(("ci", "outcome"), [("", pytest.skip.Exception), ("true", pytest.fail.Exception)])
+def test_a_launcher_that_is_not_installed_is_skipped_but_in_ci(ci, outcome, monkeypatch):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setitem(PLUGINS, "joblib", "no_such_launcher")
+    with pytest.raises(outcome, match="no_such_launcher"):
+        needs("joblib")
 
 
 class Submitit:
