@@ -15,7 +15,7 @@ class Row:
     """One parameter tensor."""
 
     name: str
-    kind: str  # weight, bias or normalization
+    kind: str  # weight, bias, normalization, scale or other
     shape: list[int]
     std: float  # population form
     threshold: float | None  # the rule's, where it has one

@@ -69,8 +69,11 @@ class Population:
 PARTS = ("parameters", "buffers", "masks")
 
 
-def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu") -> Population:
-    """The population whose members have the modules' parameters and buffers; the modules must be alike."""
+def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu", images: Tensor | None = None) -> Population:
+    """The population whose members have the modules' parameters and buffers; the modules must be alike.
+
+    images: a batch that shows which parameters of a module of one's own are weights.
+    """
     first = modules[0]
 
     def stacked(named: Callable[[nn.Module], Any]) -> Tensors:
@@ -78,7 +81,7 @@ def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu") -> P
         return {name: torch.stack([tensors[name].detach() for tensors in each]).to(device) for name in each[0]}
 
     parameters = stacked(lambda module: module.named_parameters())
-    return Population(first, layouts(first), parameters, stacked(lambda module: module.named_buffers()))
+    return Population(first, layouts(first, images), parameters, stacked(lambda module: module.named_buffers()))
 
 
 def join(populations: Sequence[Population]) -> Population:

@@ -111,10 +111,10 @@ def finetune(population: Population, parts: Ingredients) -> Trained:
 
 
 def _holding_zeros(population: Population) -> Population:
-    """The population with masks that hold every zero but those of normalisation layers."""
+    """The population with masks that hold every zero of weights and biases, and what the rule masked of others."""
     masks = dict(population.masks)
     for name, parameter in population.parameters.items():
-        if population.layouts[name].kind != "normalization" and not parameter.all():
+        if population.layouts[name].kind in ("weight", "bias") and not parameter.all():
             masks[name] = parameter != 0
     return replace(population, masks=masks)
 

@@ -6,10 +6,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from sparsity.uses import Use, uses
+
 Tensors = dict[str, Tensor]
-Kind = Literal["weight", "bias", "normalization"]
+Kind = Literal["weight", "bias", "normalization", "scale", "other"]
 
 NORMALIZATIONS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.LocalResponseNorm)
+LAYERS = (_ConvNd, nn.Linear, nn.Bilinear)
+RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
 class Layout(NamedTuple):
@@ -20,23 +24,77 @@ class Layout(NamedTuple):
     transposed: bool = False  # inputs before outputs, as transposed convolutions store them
 
 
-def layouts(module: nn.Module) -> dict[str, Layout]:
+def layouts(module: nn.Module, images: Tensor | None = None) -> dict[str, Layout]:
     """The layout of every parameter of a module, by the parameter's name.
 
-    A tensor of two or more axes is a weight, a vector a bias, unless a normalisation layer owns it.
+    A weight is what a linear layer, a convolution, an attention projection or a recurrent layer multiplies; a bias is
+    the vector that it adds. What a normalisation layer owns is of it; what multiplies channels or tokens one by one is
+    a scale (layer_scale, slopes of PReLU, the lengths of weight normalisation); tokens, embeddings and tables are
+    other. A parameter of torch's own layers is known by its layer. Of others, such as those of a module of one's own,
+    a recorded pass over images [batch, *shape] says how they are used (`uses`): what is multiplied as a matrix or a
+    kernel is a weight, and so is a factor element by element with two or more axes longer than 1, one number for each
+    of its inputs. Without images shapes alone decide: two such axes make a weight, one axis a bias.
     """
     owners = dict(module.named_modules())
-    return {name: _layout(owners[name.rpartition(".")[0]], parameter) for name, parameter in module.named_parameters()}
+    known = {name: _known(owners, name, parameter) for name, parameter in module.named_parameters()}
+    found: dict[str, Use] = {}
+    if images is not None and None in known.values():
+        found = uses(module, images)
+    return {
+        name: known[name] or (_by_shape(parameter) if images is None else _by_use(parameter, found.get(name)))
+        for name, parameter in module.named_parameters()
+    }
 
 
-def _layout(owner: nn.Module, parameter: Tensor) -> Layout:
+def _known(owners: dict[str, nn.Module], name: str, parameter: Tensor) -> Layout | None:
+    """The layout of a parameter of torch's own layers, also where it is parametrized; None of any other."""
+    path, _, leaf = name.rpartition(".")
+    if ".parametrizations." in f".{path}":  # fc.parametrizations.weight.original0 is of fc.weight
+        path, _, leaf = path.rpartition("parametrizations.")
+        path = path.removesuffix(".")
+    owner = owners[path]
     if isinstance(owner, NORMALIZATIONS):
         return Layout("normalization")
-    if parameter.ndim < 2:
+    if isinstance(owner, nn.PReLU):
+        return Layout("scale")
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+        return Layout("other")
+    if (leaf.startswith("bias") and isinstance(owner, (*LAYERS, *RECURRENT))) or leaf == "in_proj_bias":
         return Layout("bias")
-    if isinstance(owner, _ConvNd):
-        return Layout("weight", owner.groups, isinstance(owner, _ConvTransposeNd))
-    return Layout("weight")
+    if isinstance(owner, LAYERS) and leaf in ("weight", "weight_orig", "weight_g", "weight_v"):
+        if not _is_matrix(parameter) and (leaf == "weight_g" or name.endswith(".original0")):
+            return Layout("scale")  # the lengths of weight normalisation
+        if isinstance(owner, _ConvNd) and parameter.ndim == len(owner.kernel_size) + 2:
+            return Layout("weight", owner.groups, isinstance(owner, _ConvTransposeNd))
+        return Layout("weight")
+    if isinstance(owner, RECURRENT) or (isinstance(owner, nn.MultiheadAttention) and leaf.endswith("proj_weight")):
+        return Layout("weight")
+    return Layout("other") if isinstance(owner, nn.MultiheadAttention) else None
+
+
+def _by_use(parameter: Tensor, use: Use | None) -> Layout:
+    """The layout that follows from how a pass uses a parameter."""
+    if use is None:
+        return Layout("other")
+    if use.kind == "product" and parameter.ndim > 1 and (use.direct or _is_matrix(parameter)):
+        return Layout("weight", 1 if parameter.shape[0] % use.groups else use.groups, use.transposed)
+    if use.kind in ("product", "factor"):
+        return Layout("weight" if _is_matrix(parameter) else "scale")
+    if use.kind == "normalization":
+        return Layout("normalization")
+    return Layout("bias" if use.kind == "summand" and parameter.ndim < 2 else "other")
+
+
+def _by_shape(parameter: Tensor) -> Layout:
+    """The layout that a parameter's shape suggests."""
+    if _is_matrix(parameter):
+        return Layout("weight")
+    return Layout("bias" if parameter.ndim < 2 else "other")
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    """Whether two axes or more are longer than 1."""
+    return sum(size > 1 for size in parameter.shape) > 1
 
 
 def to_view(parameter: Tensor, layout: Layout) -> Tensor:

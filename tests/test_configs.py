@@ -72,7 +72,7 @@ MISTAKES = [
     (["~schedule.finetune.lr"], "schedule.finetune.lr is missing"),
     (["reg=transformed_l1", "reg.penalty.a=0"], "reg.penalty.a must be a number > 0, got 0"),
     (["reg=transformed_l1", "~reg.penalty.a"], "reg.penalty.a is missing"),
-    (["reg.apply_to=[filter]"], r"reg.apply_to\[0\] must be one of weight, bias, normalization"),
+    (["reg.apply_to=[filter]"], r"reg.apply_to\[0\] must be one of weight, bias, normalization, scale, other"),
     (["prune.layers.fc1=-1"], "prune.layers.fc1 must be a number ≥ 0, got -1"),
     (["prune.layers.fc1=1", "prune.exclude=[fc1]"], "prune.layers.fc1 does nothing, as prune.exclude names fc1 too"),
     (["stages=[pretrain,prune]", "schedule.pretrain.epochs=0"], "nothing is trained before pruning"),

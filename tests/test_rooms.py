@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "kinds", "tensors", "front"},
+    {"errors", "kinds", "uses", "front"},
+    {"tensors"},
     {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},
     {"step"},

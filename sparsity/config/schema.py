@@ -11,7 +11,7 @@ from sparsity.schedules import SHAPES
 
 STAGES = ("pretrain", "regularize", "prune", "finetune")
 
-Kinds = list[Literal["weight", "bias", "normalization"]]
+Kinds = list[Literal["weight", "bias", "normalization", "scale", "other"]]
 
 Objectives = list[Literal[tuple(OBJECTIVES)]]
 

@@ -116,8 +116,9 @@ def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) 
     if model.weights is not None:
         state = read_state(model.weights)
         modules = [fill(module, state, model.weights) for module in modules]
-    check_fits(modules[0], splits.example(), splits.num_classes, name)
-    return stack(modules, device)
+    images = splits.example()
+    check_fits(modules[0], images, splits.num_classes, name)
+    return stack(modules, device, images)
 
 
 def check_trains(parts: Ingredients, population: Population) -> None:
