@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sparsity import config as schema
 from sparsity.errors import USER_MISTAKE, SparsityError, reason
+from sparsity.files import write_text
 
 log = logging.getLogger("sparsity")
 
@@ -222,7 +223,5 @@ def _write_sweep(folder: Path, config: DictConfig) -> int | None:
         "command": sys.argv,
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
-    temporary = folder / f".sweep.json.{os.getpid()}"
-    temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, folder / "sweep.json")
+    write_text(folder / "sweep.json", json.dumps(described, indent=1) + "\n")
     return described["total"]

@@ -1,7 +1,7 @@
 """Weights files: read without executing code, fitted to a module, written whole or not at all."""
 
+import hashlib
 import json
-import os
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from sparsity import models
+from sparsity import files, models
 from sparsity.errors import WeightsError
 from sparsity.tensors import Tensors
 
@@ -113,16 +113,13 @@ def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
-def write_state(path: Path, state: Tensors, description: Mapping[str, Any]) -> None:
-    """A safetensors file of a state, with a description in its metadata; whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def write_state(path: Path, state: Tensors, description: Mapping[str, Any]) -> str:
+    """Writes a safetensors file of a state, with a description in its metadata; returns the hash of its bytes."""
     metadata = {METADATA_KEY: json.dumps(description)}  # one entry: several would be written in any order
-    try:
-        safetensors.torch.save_file(state, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = safetensors.torch.save(state, metadata)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(path, content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:

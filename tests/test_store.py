@@ -85,7 +85,7 @@ def test_a_disk_that_refuses_costs_a_warning(filled, monkeypatch, caplog):
     def refuse(*arguments, **keywords):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.safetensors.torch, "save_file", refuse)
+    monkeypatch.setattr(os, "replace", refuse)
     filled.keep("prune", KEY, INGREDIENTS, kept=kept())
     assert "No space left on device" in caplog.text and list((filled.folder / "prune").iterdir()) == []
 

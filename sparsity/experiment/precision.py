@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sparsity.config import Run
+from sparsity.files import write_text
 
 log = logging.getLogger("sparsity")
 
@@ -90,16 +91,6 @@ def _folder() -> Path:
         return Path(tempfile.gettempdir()) / "sparsity"
 
 
-def _link(temporary: Path, path: Path) -> None:
-    """Gives a whole file its name, unless there is one; where the disk knows no links, in place of it."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        return
-    except OSError:
-        os.replace(temporary, path)
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     """A kept measurement; None where there is none that can be used."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
@@ -110,17 +101,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _keep(path: Path, measured: dict[str, Any]) -> dict[str, Any]:
     """Keeps a measurement, unless another process was first, whose own then holds."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and _read(path) is None:
             path.unlink()  # damaged
-        temporary.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-        _link(temporary, path)
+        write_text(path, json.dumps(measured, indent=1) + "\n", replace=False)
         return _read(path) or measured
     except OSError as error:
         log.warning(f"warning: {path} cannot be written ({error.strerror or error}): it is measured at every start")
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return measured

@@ -4,15 +4,15 @@ import contextlib
 import csv
 import json
 import math
-import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import reason
+from sparsity.files import write_text
 
 if TYPE_CHECKING:  # what reads finished sweeps imports this room, and needs no torch
     import torch
@@ -126,28 +126,12 @@ def _git(*arguments: str) -> str | None:
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write to that takes the place of `path` at the end: written whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file, written whole or not at all."""
-    with whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """`result.json` and `layers.csv`."""
-    write_text(folder / "result.json", json.dumps(_finite(result), indent=1, allow_nan=False, default=str) + "\n")
+    """`layers.csv`, then `result.json`: the last file of a run, which proves all others."""
     rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
-    write_text(folder / "layers.csv", csv_text(LAYER_FIELDS, rows))
+    write_text(folder / "layers.csv", csv_text(LAYER_FIELDS, rows), durable=True)
+    text = json.dumps(_finite(result), indent=1, allow_nan=False, default=str) + "\n"
+    write_text(folder / "result.json", text, durable=True)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -194,7 +178,7 @@ def write_history(folder: Path, histories: Histories, member: int) -> None:
         for stage, history in histories.items()
         for row in history
     ]
-    write_text(folder / "history.csv", csv_text(("stage", *Epoch._fields), rows))
+    write_text(folder / "history.csv", csv_text(("stage", *Epoch._fields), rows), durable=True)
 
 
 def csv_text(header: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError
+from sparsity.files import whole
 from sparsity.front import OBJECTIVES
-from sparsity.results import table, whole
+from sparsity.results import table
 from sparsity.results.members import RESULT, Member
 from sparsity.results.points import Point, smallest
 from sparsity.results.sweeps import Summary, summarise

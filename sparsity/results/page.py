@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsity.results import write_text
+from sparsity.files import write_text
 from sparsity.results.pareto import (
     LABELS,
     LOG_SPAN,

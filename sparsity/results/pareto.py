@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sparsity.results import whole
+from sparsity.files import whole
 from sparsity.results.members import SIZES, canonical
 from sparsity.results.points import TEST, Point, size_objective
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sparsity.files import whole
 from sparsity.tensors import Tensors
 from sparsity.training import Epoch
 
@@ -145,5 +146,6 @@ def draw_weights(path: Path, states: dict[str, Tensors], layers: list[dict[str, 
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=130)
+    with whole(path, durable=True) as temporary:
+        figure.savefig(temporary, dpi=130, format="png")
     return path

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from sparsity import files
 from sparsity.errors import ConfigError, reason
 from sparsity.tensors import Tensors
 
@@ -171,18 +172,13 @@ class Store:
     def keep(self, stage: str, key: str, ingredients: Mapping[str, Any], *, kept: Kept) -> None:
         """Writes a finished stage, whole or not at all; a disk that refuses it costs a warning, not the run."""
         path = self.path(stage, key)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         description = {"format": FORMAT, "stage": stage, "ingredients": ingredients, "note": kept.note}
         described = {**description, "checksum": _checksum(kept.tensors, description)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            safetensors.torch.save_file(kept.tensors, temporary, metadata={METADATA_KEY: json.dumps(described)})
-            os.replace(temporary, path)
+            files.write_bytes(path, safetensors.torch.save(kept.tensors, {METADATA_KEY: json.dumps(described)}))
         except (OSError, safetensors.SafetensorError) as error:
             log.warning(f"warning: store={self.folder} cannot keep {stage} ({reason(error)}): the run goes on without")
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def claim(self, stage: str, keys: Sequence[str]) -> Iterator[None]:

@@ -1,0 +1,143 @@
+"""Files that are written whole or not at all, under the umask, and what is put aside rather than lost."""
+
+import contextlib
+import os
+import secrets
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None
+
+PART = ".part"  # ends the name of a file that is being written
+JUST_MADE = 2.0  # seconds in which a new file may not hold its lock yet
+LONG_AGO = 86400.0  # seconds after which nobody writes a file any more, where there are no locks
+
+
+@contextlib.contextmanager
+def whole(path: Path, *, durable: bool = False, replace: bool = True) -> Iterator[Path]:
+    """A file to write to that takes the place of `path` at the end: written whole or not at all.
+
+    durable: it, and whatever was given its name in the folder before, is on the disk before it takes its own, so that
+    the last file proves the earlier ones. replace: False leaves a file alone that has the name already.
+    """
+    _remove_leftovers(path)
+    temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}{PART}")
+    held = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # as the umask has it
+    try:
+        _lock(held)  # ends with the process: what bears no lock is left over
+        yield temporary
+        if durable:
+            os.fsync(held)
+            _flush(path.parent)
+        (os.replace if replace else _link)(temporary, path)
+    finally:
+        os.close(held)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes, *, durable: bool = False, replace: bool = True) -> None:
+    """A file, written whole or not at all."""
+    with whole(path, durable=durable, replace=replace) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str, *, durable: bool = False, replace: bool = True) -> None:
+    """A text file in UTF-8, written whole or not at all; what is no character, as in names of files, is escaped."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"), durable=durable, replace=replace)
+
+
+def _prefix(path: Path) -> str:
+    """How the names of the unfinished files of a path begin; short enough for any path's name."""
+    return f".{path.name.encode()[:120].decode(errors='ignore')}."
+
+
+def _lock(descriptor: int) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _flush(folder: Path) -> None:
+    """Names and renames in a folder reach the disk, where the system lets a folder be asked for that."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """Gives a whole file its name, unless another has it; where the disk knows no links, in place of it."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return
+    except OSError:
+        os.replace(temporary, path)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes what killed processes left of a file that they were writing."""
+    prefix = _prefix(path)
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            if name.startswith(prefix) and name.endswith(PART) and is_left_over(path.with_name(name)):
+                with contextlib.suppress(OSError):
+                    path.with_name(name).unlink()
+
+
+def is_left_over(path: Path) -> bool:
+    """Whether nobody writes an unfinished file any more: whoever does holds its lock."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    age = time.time() - found.st_mtime
+    if not stat.S_ISREG(found.st_mode) or age < JUST_MADE:
+        return False
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, AttributeError):  # no locks on this disk, or on this system
+        return age > LONG_AGO
+    return True
+
+
+# --- what lies where a file should ------------------------------------------------------------------------------------
+
+
+def obstacle(path: Path) -> str | None:
+    """What lies in a file's place that is none, such as "a folder"; None for a file, also by a link."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return "a link to nothing"
+    names = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return names.get(stat.S_IFMT(mode))
+
+
+def set_aside(path: Path) -> Path | None:
+    """Gives a damaged file a free name beside its own, so that it is not lost; None where the disk refuses."""
+    for number in range(1, 1000):
+        aside = path.with_name(f"{path.name}.damaged{f'-{number}' if number > 1 else ''}")
+        if not os.path.lexists(aside):
+            with contextlib.suppress(OSError):
+                os.rename(path, aside)
+                return aside
+            return None
+    return None
