@@ -8,6 +8,7 @@ from PIL import Image
 
 from sparsity import data
 from sparsity.config import Normalization
+from sparsity.data.picture import reader
 from sparsity.errors import ConfigError, DataError
 
 
@@ -197,12 +198,12 @@ def test_grey_of_16_bits(tmp_path):
     import numpy
 
     Image.fromarray(numpy.full((7, 9), 20000, dtype=numpy.uint16)).save(tmp_path / "cat" / "0.png")
-    read = data._reader([7, 9], 1)
+    read = reader([7, 9], 1)
     assert read(str(tmp_path / "cat" / "0.png")).unique().tolist() == [78]
 
 
 def test_what_would_fill_the_memory_is_streamed(tmp_path, monkeypatch):
     write_images(tmp_path)
     assert isinstance(folder(tmp_path, stream=None).train, data.Images)
-    monkeypatch.setattr(data.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100}))
+    monkeypatch.setattr("sparsity.data.folder.free_bytes", lambda: 100)
     assert isinstance(folder(tmp_path, stream=None).train, data.Files)

@@ -366,7 +366,7 @@ def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplo
 
 def test_the_memory_of_a_member_is_counted(tmp_path, monkeypatch):
     jobs = [job(tmp_path / str(seed), *MLP, f"seed={seed}") for seed in range(2)]
-    monkeypatch.setattr(experiment_parts.psutil, "virtual_memory", lambda: type("", (), {"available": 4e6})())
+    monkeypatch.setattr(experiment_parts, "free_bytes", lambda device: 4e6)
     splits, _ = experiment.load_data(jobs[0].run)
     record = experiment._record(jobs, [{}, {}], splits, torch.device("cpu"), None, lambda *given: 1)
     loop = next(iter(record.parts.loops.values()))

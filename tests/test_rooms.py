@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "files", "kinds", "uses", "front"},
+    {"errors", "files", "kinds", "uses", "front", "memory"},
     {"tensors"},
     {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},

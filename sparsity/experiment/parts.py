@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from sparsity.data import Files, Images, Splits, count_batches, split
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
 from sparsity.experiment.precision import PRECISIONS, precision_of
 from sparsity.graph import Layer
+from sparsity.memory import free_bytes
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
@@ -179,10 +179,7 @@ def _fitting(population: Population, parts: Ingredients, graph: dict[str, Layer]
     )
     images = torch.Size(parts.splits.input_shape).numel()
     num_bytes = FLOAT_BYTES * (COPIES_OF_WEIGHTS * weights + loop.batch_size * (COPIES_OF_UNITS * units + images))
-    device = population.device
-    is_gpu = device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if is_gpu else psutil.virtual_memory().available
-    return max(1, int(free / 2 / num_bytes))
+    return max(1, int(free_bytes(population.device) / 2 / num_bytes))
 
 
 FLOAT_BYTES = 4

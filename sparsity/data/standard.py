@@ -1,0 +1,66 @@
+"""Loaders of the standard data sets."""
+
+from pathlib import Path
+
+import torch
+
+from sparsity.data.sets import Images
+from sparsity.data.splits import Source
+from sparsity.errors import DataError
+
+
+def mnist(*, root: str) -> Source:
+    """MNIST: 60,000 + 10,000 handwritten digits, 1×28×28; LeCun et al., 1998."""
+    return _torchvision("MNIST", root, "MNIST/raw", "train-images-idx3-ubyte, …")
+
+
+def fashion_mnist(*, root: str) -> Source:
+    """Fashion-MNIST: 60,000 + 10,000 pieces of clothing, 1×28×28; Xiao et al., 2017."""
+    return _torchvision("FashionMNIST", root, "FashionMNIST/raw", "train-images-idx3-ubyte, …")
+
+
+def cifar10(*, root: str) -> Source:
+    """CIFAR-10: 50,000 + 10,000 photographs of 10 classes, 3×32×32; Krizhevsky, 2009."""
+    return _torchvision("CIFAR10", root, "cifar-10-batches-py", "data_batch_1, …")
+
+
+def _torchvision(name: str, root: str, folder: str, files: str) -> Source:
+    """Both parts of a data set of torchvision's, downloaded where they are missing."""
+    from torchvision import datasets
+
+    place = Path(root) / folder
+    there = place.is_dir() and any(place.iterdir())
+    sets = []
+    for train in (True, False):
+        try:
+            part = getattr(datasets, name)(root, train=train, download=True)
+        except Exception as error:  # the readers raise whatever their file makes them trip over
+            raise DataError(_loader_trouble(name, root, place, files, there, error)) from error
+        images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+        sets.append(Images(images, labels.long()))
+    return Source(*sets, num_classes=len(part.classes))
+
+
+def _loader_trouble(name: str, root: str, place: Path, files: str, there: bool, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    if there:
+        return f"data.root={root}: the {name} files in {place} are damaged or incomplete ({reason}): replace them"
+    return (
+        f"data.root={root} holds no {name}, and downloading it failed ({reason}): put the files ({files}) "
+        f"into {place}, set data.root or SPARSITY_DATA to a folder that has them, or take data=digits, which needs none"
+    )
+
+
+def digits() -> Source:
+    """The 1,797 handwritten digits inside scikit-learn, brought from 8×8 to 1×28×28; every fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    small = torch.from_numpy(bunch.images).float().unsqueeze(1) / 16
+    # 24×24 in a frame of 2, as MNIST frames its own
+    large = torch.nn.functional.interpolate(small, size=(24, 24), mode="bilinear", align_corners=False)
+    images = torch.nn.functional.pad(large.mul(255).round().byte(), (2, 2, 2, 2))
+    labels = torch.from_numpy(bunch.target).long()
+    is_test = torch.arange(len(labels)) % 5 == 4
+    return Source(Images(images[~is_test], labels[~is_test]), Images(images[is_test], labels[is_test]), 10)
