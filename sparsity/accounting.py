@@ -1,5 +1,6 @@
 """What is left of a network: per tensor and whole, non-zeros, live structure and multiply-accumulates (MACs)."""
 
+import operator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparsity.graph import Layer
-from sparsity.tensors import Layout, Tensors, to_view
+from sparsity.tensors import Layout, Tensors, nonzero, to_view
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class Report(NamedTuple):
 
 
 class Live(NamedTuple):
-    """How many inputs and outputs of a layer count."""
+    """How many inputs and outputs of a layer count, in each of its groups."""
 
-    inputs: int
-    outputs: int
+    inputs: list[int]
+    outputs: list[int]
 
 
 def account(
@@ -67,12 +68,12 @@ def account(
         _row(name, parameter, layouts[name], views[name], stds[name], (thresholds or {}).get(name), macs.get(name))
         for name, parameter in parameters.items()
     ]
-    nonzero, total = ({kind: _sum(rows, kind, field) for kind in ("weights", "parameters")} for field in COUNTS)
+    left, total = ({kind: _sum(rows, kind, field) for kind in ("weights", "parameters")} for field in COUNTS)
     return Report(
         rows=rows,
-        nonzero=nonzero,
+        nonzero=left,
         total=total,
-        compression={kind: total[kind] / nonzero[kind] if nonzero[kind] else None for kind in total},
+        compression={kind: total[kind] / left[kind] if left[kind] else None for kind in total},
         macs={
             "dense": sum(_macs(graph[name], views[name], dense[name]) for name in graph),
             "pruned": sum(macs.values()),
@@ -100,16 +101,16 @@ def _row(
     macs: int | None,
 ) -> Row:
     is_weight = layout.kind == "weight"
-    nonzero, total = int(parameter.count_nonzero()), parameter.numel()
+    count, total = int(nonzero(parameter).sum()), parameter.numel()
     return Row(
         name=name,
         kind=layout.kind,
         shape=list(parameter.shape),
         std=std,
         threshold=threshold,
-        nonzero=nonzero,
+        nonzero=count,
         total=total,
-        density=nonzero / total,
+        density=count / total,
         live_inputs=int(live_inputs(view).sum()) if is_weight else None,
         live_outputs=int(live_outputs(view).sum()) if is_weight else None,
         macs=macs,
@@ -122,12 +123,12 @@ def _sum(rows: list[Row], kind: str, field: str) -> int:
 
 def live_inputs(view: Tensor) -> Tensor:
     """Which inputs have a non-zero weight: bool [groups · inputs], in the order of the input's channels."""
-    return (view != 0).any(3).any(1).flatten()
+    return nonzero(view).any(3).any(1).flatten()
 
 
 def live_outputs(view: Tensor) -> Tensor:
     """Which outputs have a non-zero weight: bool [groups · outputs]."""
-    return (view != 0).any(3).any(2).flatten()
+    return nonzero(view).any(3).any(2).flatten()
 
 
 def _agree(views: Tensors, graph: dict[str, Layer]) -> dict[str, Live]:
@@ -136,25 +137,32 @@ def _agree(views: Tensors, graph: dict[str, Layer]) -> dict[str, Live]:
     A flattened input counts `spread` for each channel of its source, and a channel is read while any of them is.
     """
     own_inputs = {name: live_inputs(views[name]) for name in graph}
-    own_outputs = {name: int(live_outputs(views[name]).sum()) for name in graph}
+    own_outputs = {name: live_outputs(views[name]) for name in graph}
 
-    def inputs(layer: Layer) -> int:
-        own = int(own_inputs[layer.name].sum())
-        return own if layer.source is None else min(own, layer.spread * own_outputs[layer.source])
+    def smaller(own: Tensor, other: Tensor | None, name: str) -> list[int]:
+        groups = len(views[name])
+        counts = _count(own, groups)
+        return counts if other is None else [min(pair) for pair in zip(counts, _count(other, groups))]
 
-    def outputs(layer: Layer) -> int:
-        own = own_outputs[layer.name]
-        if layer.target is None:
-            return own
-        return min(own, int(own_inputs[layer.target].view(-1, graph[layer.target].spread).any(1).sum()))
+    def inputs(layer: Layer) -> list[int]:
+        given = None if layer.source is None else own_outputs[layer.source].repeat_interleave(layer.spread)
+        return smaller(own_inputs[layer.name], given, layer.name)
+
+    def outputs(layer: Layer) -> list[int]:
+        read = None if layer.target is None else own_inputs[layer.target].view(-1, graph[layer.target].spread).any(1)
+        return smaller(own_outputs[layer.name], read, layer.name)
 
     return {name: Live(inputs(layer), outputs(layer)) for name, layer in graph.items()}
 
 
+def _count(live: Tensor, groups: int) -> list[int]:
+    """How many are live in each of the groups."""
+    return live.view(groups, -1).sum(1).tolist()
+
+
 def _macs(layer: Layer, view: Tensor, live: Live) -> int:
-    """Live inputs · live outputs / groups · kernel size · output positions."""
-    groups, kernel = view.shape[0], view.shape[3]
-    return live.inputs * live.outputs * kernel * layer.num_positions // groups
+    """Σ over groups of live inputs · live outputs, · kernel size · output positions."""
+    return sum(map(operator.mul, live.inputs, live.outputs)) * view.shape[3] * layer.num_positions
 
 
 def _structure(graph: dict[str, Layer], live: dict[str, Live]) -> str:
@@ -166,7 +174,7 @@ def _structure(graph: dict[str, Layer], live: dict[str, Live]) -> str:
     for position, name in enumerate(names):
         layer = graph[name]
         if layer.spread > 1 or (position == 0 and layer.num_positions == 1):
-            parts.append(live[name].inputs)
+            parts.append(sum(live[name].inputs))
         if position < len(names) - 1:
-            parts.append(live[name].outputs)
+            parts.append(sum(live[name].outputs))
     return "-".join(map(str, parts))

@@ -13,7 +13,7 @@ from sparsity.data import Splits
 from sparsity.errors import reason
 from sparsity.graph import FLATTENS, Layer, trace
 from sparsity.population import PARTS, Population, over_members
-from sparsity.tensors import Tensors
+from sparsity.tensors import Tensors, nonzero
 
 log = logging.getLogger("sparsity")
 
@@ -230,7 +230,7 @@ def _alive(population: Population) -> Tensors:
         return population.masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
 
     trainable = population.trainable
-    return {name: (value != 0) | may_change(name, value) for name, value in population.parameters.items()}
+    return {name: nonzero(value) | may_change(name, value) for name, value in population.parameters.items()}
 
 
 def _connections(alive: Tensor, transposed: bool) -> Tensor:

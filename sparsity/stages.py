@@ -1,7 +1,8 @@
 """The stages: pretrain → regularize → prune → finetune. Each maps a population to a population."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from sparsity.data import Splits
 from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
 from sparsity.step import Penalty
-from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
+from sparsity.tensors import Layout, Tensors, bias_of, from_view, nonzero, to_view
 from sparsity.training import Loop, Trained, Watcher, train
 
 
@@ -87,7 +88,27 @@ def regularize(population: Population, parts: Ingredients) -> Trained:
 
 def prune(population: Population, parts: Ingredients) -> Pruned:
     """The rule's masks, and zeros where they are 0."""
-    masks = _masks(population, parts.rule)
+    with _denormals_kept():
+        return _pruned(population, parts.rule)
+
+
+@contextlib.contextmanager
+def _denormals_kept() -> Iterator[None]:
+    """Comparisons that tell denormals from zeros: not flushed, which is each thread's own setting, in one thread."""
+    threads = torch.get_num_threads()
+    smallest = torch.ones((), dtype=torch.int32).view(torch.float32)
+    flushed = not bool(smallest != 0)
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushed)
+
+
+def _pruned(population: Population, rule: Rule) -> Pruned:
+    masks = _masks(population, rule)
     parameters = {
         name: torch.where(masks[name], parameter, 0) if name in masks else parameter
         for name, parameter in population.parameters.items()
@@ -95,7 +116,7 @@ def prune(population: Population, parts: Ingredients) -> Pruned:
     return Pruned(
         replace(population, parameters=parameters, masks=masks),
         {name: _stds(parameter) for name, parameter in population.parameters.items()},
-        _thresholds(population, parts.rule),
+        _thresholds(population, rule),
     )
 
 
@@ -114,8 +135,8 @@ def _holding_zeros(population: Population) -> Population:
     """The population with masks that hold every zero of weights and biases, and what the rule masked of others."""
     masks = dict(population.masks)
     for name, parameter in population.parameters.items():
-        if population.layouts[name].kind in ("weight", "bias") and not parameter.all():
-            masks[name] = parameter != 0
+        if population.layouts[name].kind in ("weight", "bias") and not (mask := nonzero(parameter)).all():
+            masks[name] = mask
     return replace(population, masks=masks)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -110,6 +111,15 @@ def from_view(view: Tensor, layout: Layout, shape: tuple[int, ...]) -> Tensor:
     if layout.transposed:
         view = view.transpose(1, 2)
     return view.reshape(shape)
+
+
+BITS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def nonzero(tensor: Tensor) -> Tensor:
+    """Which entries are not ±0, by their bits: a comparison takes denormals for 0 wherever those are flushed."""
+    bits = BITS.get(tensor.dtype)
+    return tensor != 0 if bits is None else tensor.detach().view(bits) << 1 != 0
 
 
 def bias_of(weight: str) -> str:

@@ -8,7 +8,7 @@ from conftest import slow
 from sparsity import models
 from sparsity.accounting import account
 from sparsity.graph import trace
-from sparsity.tensors import layouts
+from sparsity.tensors import BITS, layouts
 
 
 def report_of(module, parameters, shape):
@@ -175,3 +175,36 @@ def test_functions_of_parameters_alone_are_passed_over():
             return torch.nn.functional.linear(units, torch.sigmoid(self.gate)) + self.layer(units)
 
     assert list(trace(Gated(), torch.zeros(2, 4))) == ["layer.weight"]
+
+
+@pytest.fixture
+def flushed():
+    """Denormals flushed, as while training."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_non_zeros_are_counted_by_their_bits(flushed, dtype):
+    module = torch.nn.Linear(4, 3, dtype=dtype)
+    bits = torch.zeros(3, 4, dtype=BITS[dtype])
+    bits[0, 1], bits[2, 1], bits[2, 3] = 1, torch.iinfo(bits.dtype).min, torch.iinfo(bits.dtype).min + 1  # the 2nd: -0
+    parameters = {"weight": bits.view(dtype), "bias": torch.ones(3, dtype=dtype)}
+    report = account(parameters, layouts(module), trace(module, torch.zeros(2, 4, dtype=dtype)))
+    assert [row.nonzero for row in report.rows] == [2, 3]
+    assert (report.rows[0].live_inputs, report.rows[0].live_outputs) == (2, 2)
+
+
+@pytest.mark.parametrize(("groups", "left"), [(1, 8 * 4), (2, 4 * 4), (4, 2 * 4), (8, 4)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_half_of_a_grouped_convolution_costs_half(groups, left, transposed):
+    kind = torch.nn.ConvTranspose2d if transposed else torch.nn.Conv2d
+    module = torch.nn.Sequential(kind(8, 8, 3, padding=1, groups=groups))
+    with torch.no_grad():
+        if transposed and groups == 1:
+            module[0].weight[:, 4:] = 0
+        else:
+            module[0].weight[4:] = 0
+    report = report_of(module, dict(module.named_parameters()), (8, 6, 6))
+    assert report.macs["dense"] == 8 * 8 // groups * 9 * 36 and report.macs["pruned"] == left * 9 * 36
