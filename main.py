@@ -3,17 +3,18 @@
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from types import TracebackType
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra._internal import utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sparsity import config
-from sparsity.errors import USER_MISTAKE, SparsityError
+from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, one_line
 
 INTERRUPTED = 130  # the exit status
 
@@ -48,23 +49,51 @@ run.together = run_together
 main = hydra.main(config_path="conf", config_name="config", execution_whitelist=config.TRUSTED)(run)
 
 
-def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints an error that ends the program: a user's mistake as one line, anything else in full."""
-    if issubclass(kind, SparsityError) and os.environ.get("HYDRA_FULL_ERROR") != "1":
-        print(error, file=sys.stderr)
-        failures.append(error)
-    else:
-        sys.__excepthook__(kind, error, trace)
+def reporting(report: Callable[..., Any], typed: Sequence[str]) -> Callable[..., Any]:
+    """Hydra's `run_and_report`, but for a user's mistakes: they are raised as one line."""
+
+    def run_and_report(function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            line = config.mistake(error, typed)
+            if line is not None:
+                raise error if isinstance(error, SparsityError) else ConfigError(line) from error
+            return report(function_that_raises(error))
+
+    return run_and_report
 
 
-failures: list[BaseException] = []
+def function_that_raises(error: Exception) -> Callable[[], None]:
+    """What Hydra is given to report an error that came up before."""
 
-if __name__ == "__main__":
-    sys.excepthook = report
+    def function() -> None:
+        raise error
+
+    return function
+
+
+def command_line(arguments: Sequence[str]) -> int | str | None:
+    """Runs what is typed and returns the exit status; a user's mistake is one line."""
     try:
+        typed = config.check_options(arguments)
+        utils.run_and_report = reporting(utils.run_and_report, typed)
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except SystemExit as end:
-        sys.exit(USER_MISTAKE if end.code == 1 and failures else end.code)
+        return end.code
+    except Exception as error:
+        line = config.mistake(error, arguments)
+        if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        if line is None:
+            return 1
+        print(one_line(line), file=sys.stderr)
+        return USER_MISTAKE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(sys.argv[1:]))

@@ -1,6 +1,11 @@
 """What a user can do wrong: one line that names the key, the value and the remedy."""
 
+import re
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 USER_MISTAKE = 2  # the exit status
+LONGEST = 600  # characters of a line; of a longer one its middle is left out
 
 
 def reason(error: BaseException) -> str:
@@ -9,8 +14,25 @@ def reason(error: BaseException) -> str:
     return text[:200] or type(error).__name__
 
 
+def nearest(word: str, names: Iterable[str]) -> str | None:
+    """The name that is spelt most like a word, if one is; exact but for case first."""
+    pool = list(names)
+    same = [name for name in pool if name.lower() == word.lower()]
+    return next(iter(same or get_close_matches(word, pool, n=1, cutoff=0.7)), None)
+
+
+def one_line(text: object) -> str:
+    """A text as one line: what is not printable is escaped, the middle of a very long one left out."""
+    spaced = re.sub(r"[\t\n\r]+", " ", str(text))
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in spaced)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[-LONGEST // 2 :]}"
+
+
 class SparsityError(Exception):
     """A mistake that the user can mend; its message is one line."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(one_line(message))
 
 
 class ConfigError(SparsityError):

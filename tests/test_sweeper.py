@@ -392,7 +392,7 @@ def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch
             "objectives=[accuracy,speed]",
             "objectives.* must be one of accuracy, compression, macs, nonzero; got 'speed'",
         ),
-        ("reg.deacy=interval(1,2)", "Could not override 'reg.deacy'"),
+        ("reg.deacy=interval(1,2)", "reg.deacy is no key: did you mean reg.decay"),
         ("reg=hs,l1", "reg is searched, and each of its choices has a range of its own for reg.decay"),
         ("hydra.sweeper.storage=sqlite:////dev/null/x.db", "hydra.sweeper.storage=.* cannot be opened"),
         ("hydra.sweeper.storage=nonsense", "hydra.sweeper.storage=nonsense cannot be opened"),

@@ -1,6 +1,8 @@
 """The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
 
-from sparsity.config.composing import compose, register, said
+from sparsity.config.composing import compose, register
+from sparsity.config.mistakes import mistake, said
+from sparsity.config.options import check_options
 from sparsity.config.reading import idle_settings, read, sensitivity_range
 from sparsity.config.schema import (
     STAGES,
@@ -32,10 +34,12 @@ __all__ = [
     "StageSchedule",
     "admitted",
     "check",
+    "check_options",
     "check_sweep",
     "compose",
     "count_members",
     "idle_settings",
+    "mistake",
     "read",
     "register",
     "said",

@@ -1,13 +1,13 @@
-"""Command lines and YAMLs into a composed config, by Hydra; its errors as one line."""
+"""Command lines and YAMLs into a composed config, by Hydra."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from sparsity.config.mistakes import said
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
 
@@ -28,24 +28,17 @@ def _directions(objectives: Sequence[str]) -> list[str]:
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
     """The config that a command line composes, and Hydra's own part of it."""
     register()
-    try:
-        with hydra.initialize_config_dir(config_dir=str(_config_dir())):
+    with hydra.initialize_config_dir(config_dir=str(folder_of_yamls())):
+        try:
             composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
-    except HydraException as error:
-        raise ConfigError(said(error)) from error
+        except Exception as error:  # of Hydra, OmegaConf, a YAML's parser
+            raise ConfigError(said(error, overrides)) from error
     with open_dict(composed):
         own = composed.pop("hydra")
     return composed, own
 
 
-def said(error: BaseException) -> str:
-    """What Hydra says of a mistake, in one line; its causes know more."""
-    text = " ".join(str(error).split())
-    cause = str(error.__cause__ or "").splitlines()
-    return f"{text} {cause[0]}" if cause and cause[0] not in text else text
-
-
-def _config_dir() -> Path:
+def folder_of_yamls() -> Path:
     """The folder of YAMLs: beside the package in a checkout, inside it when installed from a wheel."""
     inside = Path(__file__).parent.parent / "conf"
     return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "conf"

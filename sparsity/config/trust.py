@@ -14,9 +14,17 @@ def admitted(arguments: Sequence[str]) -> list[str]:
     To be asked before Hydra composes: a YAML can set variables and overrides, and must not admit code.
     """
     given = [argument.lstrip("+") for argument in arguments]
-    values = [OverridesParser.create().parse_override(entry).value() for entry in given if entry.startswith("trust=")]
-    named = [str(entry) for value in values for entry in (value if isinstance(value, list) else [value])]
+    named = [name for argument in given if argument.startswith("trust=") for name in _named(argument)]
     return named + [entry for entry in os.environ.get("SPARSITY_TRUST", "").split(",") if entry]
+
+
+def _named(override: str) -> list[str]:
+    """The modules of an override; what is no list of them is refused when it is composed and read."""
+    try:
+        value = OverridesParser.create().parse_override(override).value()
+    except Exception:  # whatever the grammar raises
+        return []
+    return [str(entry) for entry in value] if isinstance(value, list) else []
 
 
 def patterns(trust: Sequence[str]) -> list[str]:
