@@ -5,7 +5,6 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -20,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from sparsity import config as schema
 from sparsity.errors import USER_MISTAKE, SparsityError, reason
-from sparsity.files import write_text
+from sparsity.files import is_read_only, why_not_writable, write_text
 
 log = logging.getLogger("sparsity")
 
@@ -167,11 +166,8 @@ def _ended(folder: Path) -> Any:
 def _make(key: str, folder: str) -> Path:
     """A folder that can be written, or the end of the program."""
     path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
+    error = why_not_writable(path)
+    if error is not None and not (key == "store" and is_read_only(error) and any(path.glob("*/*.safetensors"))):
         remedy = ", or store=null to keep no stages" if key == "store" else ""
         _refuse(f"{key}={folder} cannot be written ({error.strerror or error}): name another folder{remedy}", error)
     return path

@@ -1,11 +1,12 @@
 """Files that are written whole or not at all, under the umask, and what is put aside rather than lost."""
 
 import contextlib
+import errno
 import os
-import secrets
 import stat
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 try:
@@ -26,7 +27,7 @@ def whole(path: Path, *, durable: bool = False, replace: bool = True) -> Iterato
     the last file proves the earlier ones. replace: False leaves a file alone that has the name already.
     """
     _remove_leftovers(path)
-    temporary = path.with_name(f"{_prefix(path)}{secrets.token_hex(6)}{PART}")
+    temporary = path.with_name(f"{_prefix(path)}{os.urandom(6).hex()}{PART}")
     held = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)  # as the umask has it
     try:
         _lock(held)  # ends with the process: what bears no lock is left over
@@ -112,6 +113,37 @@ def is_left_over(path: Path) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def claimed(path: Path, waits: Callable[[], None], is_done: Callable[[], bool]) -> Iterator[OSError | None]:
+    """Holds the lock that a file is, which the system takes from a process that dies; gives why there is none.
+
+    waits: called before another process's hold is waited for. is_done: whether the work is done at the end, so that the
+    lock can go; whoever waits for it looks first whether there is work left.
+    """
+    import filelock  # takes a tenth of the start-up
+
+    lock, refusal = filelock.FileLock(path), None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except filelock.Timeout:
+            waits()
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        refusal = error if isinstance(error, OSError) else OSError(str(error))
+    if refusal is not None:
+        yield refusal
+        return
+    try:
+        yield None
+        if is_done():
+            with contextlib.suppress(OSError):
+                path.unlink()
+    finally:
+        lock.release()
+
+
 # --- what lies where a file should ------------------------------------------------------------------------------------
 
 
@@ -129,6 +161,22 @@ def obstacle(path: Path) -> str | None:
         stat.S_IFBLK: "a device",
     }
     return names.get(stat.S_IFMT(mode))
+
+
+def why_not_writable(folder: Path) -> OSError | None:
+    """Makes a folder where there is none, and gives why no file can be written into it; None where it can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"0")
+    except OSError as error:
+        return error
+    return None
+
+
+def is_read_only(error: OSError) -> bool:
+    """Whether a disk that refuses to be written may still be read."""
+    return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def set_aside(path: Path) -> Path | None:

@@ -1,14 +1,18 @@
 """The store: keys follow what determines a stage, files are whole or set aside, a stage is computed once."""
 
 import contextlib
+import copy
 import functools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import threading
+from pathlib import Path
 
+import filelock  # noqa: F401 (another user may not be allowed to import it)
 import pytest
 import torch
 
@@ -79,6 +83,165 @@ def test_a_damaged_file_is_set_aside(damage, filled, caplog):
     assert [path.name for path in path.parent.iterdir()] == [f"{key}.safetensors.damaged"]
     filled.keep("pretrain", KEY, INGREDIENTS, kept=kept())
     assert filled.find("pretrain", KEY) is not None
+
+
+def metadata(text):
+    def write(path):
+        from safetensors.torch import save_file
+
+        save_file(kept().tensors, path, metadata={"sparsity": text})
+
+    return write
+
+
+def in_its_place(make):
+    def replace(path):
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+def forged(**changes):
+    """A file whose checksum is right, and whose description is not."""
+
+    def forge(path):
+        from safetensors.torch import save_file
+
+        described = {"format": store.FORMAT, "stage": "pretrain", "ingredients": INGREDIENTS, "note": {}, **changes}
+        checksum = store._checksum(kept().tensors, described)
+        save_file(kept().tensors, path, metadata={"sparsity": json.dumps({**described, "checksum": checksum})})
+
+    return forge
+
+
+HOSTILE = {
+    "deep": metadata("[" * 100_000),
+    "no object": metadata("[1]"),
+    "no json": metadata("{"),
+    "number of many digits": metadata('{"format": ' + "9" * 10_000 + "}"),
+    "lacks all": metadata("{}"),
+    "no note": forged(note=[]),
+    "of another stage": forged(stage="prune"),
+    "strange ingredients": forged(ingredients=["seed"]),
+    "empty": lambda path: path.write_bytes(b""),
+    "long header": lambda path: path.write_bytes(b"\xff" * 7 + b"\x00{}"),
+    "a pipe": in_its_place(os.mkfifo),
+    "a folder": in_its_place(os.mkdir),
+    "a link to nothing": in_its_place(lambda path: os.symlink("nothing", path)),
+    "a device": in_its_place(lambda path: os.symlink(os.devnull, path)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_told_in_a_line_and_computed_again(name, filled, caplog, capsys):
+    path = filled.path("pretrain", KEY)
+    HOSTILE[name](path)
+    place = ["--store", str(filled.folder)]
+    assert main([*place, "list"]) == 0 and main([*place, "clean", "--max-size", "0", "--dry-run"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if KEY in line]
+    assert "damaged" in line or name in ("no note", "of another stage")  # `list` reads no tensors, and no notes
+    assert filled.find("pretrain", KEY) is None
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"{KEY}.safetensors is damaged" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    filled.keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    assert filled.find("pretrain", KEY) is not None
+    assert main([*place, "clean", "--max-size", "0"]) == 0
+
+
+def test_what_a_stage_says_of_itself_is_one_line_of_the_list(filled, capsys):
+    ingredients = {**INGREDIENTS, "seed": "[red]one\ntwo\x1b[2J"}
+    filled.keep("pretrain", store.key_of(ingredients), ingredients, kept=kept())
+    assert main(["--store", str(filled.folder), "list"]) == 0
+    assert "seed=[red]one?two?[2J" in capsys.readouterr().out
+
+
+def test_a_check_of_the_askers_own_sets_aside_too(filled, caplog):
+    def check(found):
+        raise store.Damaged("its tensors are not the network's")
+
+    assert filled.find("pretrain", KEY, check) is None
+    assert "is damaged (its tensors are not the network's): set aside" in caplog.text
+
+
+@pytest.fixture
+def shared():
+    """A folder that other users reach."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder) / "store"
+
+
+@contextlib.contextmanager
+def another_user():
+    """What is done is done by a user who may not do everything."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+def test_files_of_another_user_are_found_and_unreadable_ones_are_no_damage(shared, caplog):
+    own = Store(shared)
+    own.keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    path = own.path("pretrain", KEY)
+    os.chmod(path, 0o444)
+    with another_user():
+        assert own.find("pretrain", KEY) is not None and caplog.text == ""
+    os.chmod(path, 0)
+    with another_user():
+        assert own.find("pretrain", KEY) is None and own.find("pretrain", KEY) is None
+    assert caplog.text.count("warning:") == 1 and "cannot be read (Permission denied)" in caplog.text
+    assert path.exists()
+    os.chmod(path.parent, 0)
+    with another_user():
+        assert own.find("pretrain", KEY) is None
+        assert main(["--store", str(shared), "list"]) == 0
+    os.chmod(path.parent, 0o755)
+
+
+def test_a_store_that_may_only_be_read_is_read(shared, caplog):
+    Store(shared).keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    os.chmod(shared, 0o555)
+    os.chmod(shared / "pretrain", 0o555)
+    with another_user():
+        theirs = Store(shared)
+        with theirs.claim("pretrain", [KEY]):
+            assert theirs.find("pretrain", KEY) is not None
+            theirs.keep("pretrain", "0" * 32, INGREDIENTS, kept=kept())
+    os.chmod(shared / "pretrain", 0o755)
+    os.chmod(shared, 0o755)
+    (record,) = caplog.records
+    assert "cannot be written (Permission denied): the stages that it holds are used" in record.getMessage()
+
+
+def test_a_stage_whose_folder_is_another_users_is_told_and_costs_nothing_else(shared, caplog):
+    Store(shared).keep("pretrain", KEY, INGREDIENTS, kept=kept())
+    os.chmod(shared, 0o777)
+    os.chmod(shared / "pretrain", 0o555)
+    with another_user():
+        theirs = Store(shared)
+        for key in ("0" * 32, "1" * 32):
+            with theirs.claim("pretrain", [key]):
+                theirs.keep("pretrain", key, INGREDIENTS, kept=kept())
+    os.chmod(shared / "pretrain", 0o755)
+    assert [record.getMessage().partition("store ")[2] for record in caplog.records] == [
+        "has no lock for pretrain (Permission denied): it may be computed more than once",
+        "cannot keep pretrain (Permission denied): the run continues without",
+    ]
+
+
+def test_a_lock_that_is_none_costs_a_warning(filled, caplog):
+    lock = filled.path("prune", KEY).with_suffix(".lock")
+    lock.mkdir(parents=True)
+    with filled.claim("prune", [KEY]):
+        filled.keep("prune", KEY, INGREDIENTS, kept=kept())
+    assert "has no lock for prune (Is a directory): it may be computed more than once" in caplog.text
+    assert filled.path("prune", KEY).exists() and lock.exists()
 
 
 def test_a_disk_that_refuses_costs_a_warning(filled, monkeypatch, caplog):
@@ -329,6 +492,112 @@ def test_a_finished_folder_gives_its_result(run, tmp_path):
     assert (tmp_path / "one" / "result.json").stat().st_mtime_ns == stamp
     with pytest.raises(ConfigError, match="holds a finished run"):
         run(*base, "seed=1")
+
+
+@pytest.fixture(scope="module")
+def stage_kept():
+    """A stage of a small network as the store keeps it, and the network before it."""
+    from functools import partial
+
+    from sparsity.experiment.stored import tensors_of
+    from sparsity.models import build, mlp
+    from sparsity.population import stack
+
+    population = stack([build(partial(mlp, hidden=[3]), (1, 2, 2), 2, 0)])
+    row = {"epoch": 0, "loss": None, "penalty": None, "objective": None, "validation": 0.5, "test": 0.5, "lr": 1.0}
+    note = {
+        "history": [{**row, "seconds": 0.1}],
+        "selected_epoch": 0,
+        "diverged": None,
+        "stds": {"fc1.weight": 0.1},
+        "thresholds": {"fc1.weight": 0.2},
+        "accuracy": {"validation": None, "test": 0.5},
+        "seconds": 1.5,
+        "computed_with": {"threads": 1},
+    }
+    return tensors_of(population, 0), note, population
+
+
+WRONG_NOTES = {
+    "lacks seconds": lambda note: note.pop("seconds"),
+    "seconds in words": lambda note: note.update(seconds="1.5"),
+    "endless": lambda note: note.update(seconds=float("inf")),
+    "yes or no": lambda note: note.update(seconds=True),
+    "lacks accuracy": lambda note: note.update(accuracy={}),
+    "accuracy in words": lambda note: note.update(accuracy={"validation": "high", "test": 0.5}),
+    "no rows": lambda note: note.update(history=5),
+    "a row that lacks all": lambda note: note.update(history=[{}]),
+    "a row of lists": lambda note: note["history"][0].update(test=[0.5]),
+    "no such epoch": lambda note: note.update(selected_epoch=7),
+    "epoch in words": lambda note: note.update(selected_epoch="first"),
+    "diverged": lambda note: note.update(diverged=1),
+    "no circumstances": lambda note: note.update(computed_with=None),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_NOTES)
+def test_notes_that_lack_what_a_result_takes_are_refused(name, stage_kept):
+    from sparsity.experiment.stored import check
+
+    tensors, note, population = stage_kept
+    check("finetune", Kept(tensors, note), population)
+    note = copy.deepcopy(note)
+    WRONG_NOTES[name](note)
+    with pytest.raises((store.Damaged, LookupError, TypeError, ValueError, AttributeError)):
+        check("finetune", Kept(tensors, note), population)
+
+
+@pytest.mark.parametrize("thresholds", [None, {"fc1.weight": "0.2"}, {"fc1.weight": [0.2]}])
+def test_notes_of_pruning_are_refused(thresholds, stage_kept):
+    from sparsity.experiment.stored import check
+
+    tensors, note, population = stage_kept
+    check("prune", Kept(tensors, note), population)
+    with pytest.raises((store.Damaged, AttributeError)):
+        check("prune", Kept(tensors, {**note, "thresholds": thresholds}), population)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"parameters.fc1.weight": None},
+        {"parameters.fc1.weight": torch.zeros(4, 3)},
+        {"parameters.fc1.weight": torch.zeros(3, 4).double()},
+        {"masks.fc1.weight": torch.ones(3, 4)},
+        {"masks.fc1.weight": torch.ones(4, 3) > 0},
+        {"buffers.more": torch.zeros(1)},
+    ],
+    ids=str,
+)
+def test_tensors_that_are_not_the_networks_are_refused(change, stage_kept):
+    from sparsity.experiment.stored import check
+
+    tensors, note, population = stage_kept
+    check("finetune", Kept({**tensors, "masks.fc1.weight": torch.ones(3, 4) > 0}, note), population)
+    changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
+    with pytest.raises(store.Damaged, match="tensors are not the network's"):
+        check("finetune", Kept(changed, note), population)
+
+
+def test_a_result_says_what_its_stages_were_computed_with(run, tmp_path, caplog, monkeypatch):
+    base = (*SMALL, "stages=[pretrain]", f"store={tmp_path / 'store'}")
+    first = run(*base, "threads=1")
+    with caplog.at_level("INFO"):
+        second = run(*base, "threads=2")
+    assert first["computed_with"] == second["computed_with"] and second["environment"]["threads"] == 2
+    assert first["computed_with"]["pretrain"]["threads"] == 1
+    assert first["computed_with"]["pretrain"]["torch"] == torch.__version__
+    assert "from the store | computed in" in caplog.text and "with threads=1" in caplog.text
+
+
+def test_a_stage_of_another_network_under_the_same_key_is_computed_again(run, tmp_path, caplog):
+    base = (*SMALL, "stages=[pretrain]", f"store={tmp_path / 'store'}")
+    run(*base)
+    path = next((tmp_path / "store" / "pretrain").iterdir())
+    described, own = store.read_description(path), Store(tmp_path / "store")
+    own.keep("pretrain", path.stem, described["ingredients"], kept=Kept(kept().tensors, described["note"]))
+    assert run(*base)["computed"] == ["pretrain"]
+    assert "its tensors are not the network's" in caplog.text
 
 
 # --- the command line ------------------------------------------------------------------------------------------------

@@ -6,23 +6,24 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
-from sparsity import console, results, stages
+from sparsity import console, results
 from sparsity.accounting import Report, account
 from sparsity.config import Run
 from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
 from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of
 from sparsity.experiment.precision import precision_of
+from sparsity.experiment.stored import check, circumstances, epoch_of, population_of, run_stage, tensors_of
 from sparsity.graph import Layer, trace
-from sparsity.population import PARTS, Population, join
+from sparsity.population import Population, join
 from sparsity.results import plots
 from sparsity.stages import Ingredients
 from sparsity.store import Kept, Store
@@ -32,7 +33,6 @@ from sparsity.weights import write_state
 log = logging.getLogger("sparsity")
 
 MEASURED = {"pretrain": "dense", "regularize": "regularized", "prune": "pruned"}  # accuracies after a stage
-PER_MEMBER = ("loss", "penalty", "objective", "validation", "test")  # the numbers of an epoch that are each member's
 
 
 @contextlib.contextmanager
@@ -80,6 +80,7 @@ class Member:
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     computed: list[str] = field(default_factory=list)  # the stages that were not in the store
+    computed_with: dict[str, dict[str, Any]] = field(default_factory=dict)  # threads, versions, … of every stage
     measured: dict[str, dict[str, float | None]] = field(default_factory=dict)
     histories: dict[str, list[Epoch]] = field(default_factory=dict)
     selected_epoch: int | None = None
@@ -157,10 +158,17 @@ class Record:
     def _found(self, stage: str, members: Iterable[Member]) -> dict[str, Kept]:
         if self.store is None:
             return {}
-        found = {key: self.store.find(stage, key) for key in {member.keys[stage].key for member in members}}
+        like = {member.keys[stage].key: member.population for member in members}
+        found = {key: self.store.find(stage, key, partial(check, stage, like=like[key])) for key in like}
         found = {key: kept for key, kept in found.items() if kept is not None}
+        here = circumstances(stage, self.parts, self.device)
         for kept in found.values():
-            log.info(f"{stage:<10} from the store | computed in {_minutes(kept.note['seconds'])}")
+            there = kept.note["computed_with"]
+            others = [
+                f"{name}={there.get(name)}" for name in ("threads", "torch", "device") if there.get(name) != here[name]
+            ]
+            how = f" with {', '.join(others)}" if others else ""
+            log.info(f"{stage:<10} from the store | computed in {_minutes(kept.note['seconds'])}{how}")
         return found
 
     def _claimed(self, stage: str, members: Iterable[Member]) -> contextlib.AbstractContextManager[None]:
@@ -190,13 +198,13 @@ class Record:
         start = time.perf_counter()
         before = join([member.population for member in members])
         parts = self.parts.take([self.members.index(member) for member in members])
-        after, notes = _run_stage(stage, before, parts)
+        after, notes = run_stage(stage, before, parts)
         seconds = time.perf_counter() - start
         for note, accuracy in zip(notes, self._measure(after)):
-            note.update(accuracy=accuracy, seconds=seconds, **_circumstances(stage, parts))
+            note.update(accuracy=accuracy, seconds=seconds, computed_with=circumstances(stage, parts, after.device))
         computed = {}
         for index, (member, note) in enumerate(zip(members, notes)):
-            kept = computed[member.keys[stage].key] = Kept(_tensors(after, index), note)
+            kept = computed[member.keys[stage].key] = Kept(tensors_of(after, index), note)
             member.computed.append(stage)
             if self.store is not None and note.get("diverged") is None:
                 self.store.keep(stage, *_named(member.keys[stage]), kept=kept)
@@ -212,14 +220,14 @@ class Record:
     def _take(self, stage: str, member: Member, kept: Kept) -> None:
         """Brings one member to where a finished stage leaves it."""
         before, note = member.population, kept.note
-        member.population = _population(kept.tensors, before, self.device)
-        member.seconds[stage] = note["seconds"]
+        member.population = population_of(kept.tensors, before, self.device)
+        member.seconds[stage], member.computed_with[stage] = note["seconds"], note["computed_with"]
         member.measured["final"] = member.measured[MEASURED.get(stage, stage)] = note["accuracy"]
         if stage == "prune":
             member.seen = {name: note[name] for name in ("stds", "thresholds")}
             _warn_of_whole_layers(member)
         else:
-            member.histories[stage] = [_epoch(row) for row in note["history"]]
+            member.histories[stage] = [epoch_of(row) for row in note["history"]]
         if stage == "regularize":
             member.states = {"before regularizing": before, "after regularizing": member.population}
         if stage == "finetune":
@@ -286,6 +294,7 @@ class Record:
             **results.describe_report(report),
             "seconds": {**member.seconds, "total": time.perf_counter() - self.start},
             "computed": member.computed,
+            "computed_with": member.computed_with,
             "keys": {stage: key.key for stage, key in member.keys.items()},
             "warnings": member.warnings,
             "overrides": list(member.job.overrides),
@@ -314,67 +323,6 @@ def _first_of_each(stage: str, members: Iterable[Member], finished: Mapping[str,
 
 def _named(key: Key) -> tuple[str, dict[str, Any]]:
     return key.key, key.ingredients
-
-
-def _run_stage(stage: str, before: Population, parts: Ingredients) -> tuple[Population, list[dict[str, Any]]]:
-    """The population after a stage, and what there is to say of each member."""
-    members = range(before.num_members)
-    if stage == "prune":
-        pruned = stages.prune(before, parts)
-        seen = {"stds": pruned.stds, "thresholds": pruned.thresholds}
-        notes = [{kind: {name: each[m] for name, each in seen[kind].items()} for kind in seen} for m in members]
-        return pruned.population, notes
-    trained = getattr(stages, stage)(before, parts)
-    epochs = trained.selected_epoch or [None] * before.num_members
-    notes = [
-        {
-            "history": [_row(epoch, member) for epoch in trained.history],
-            "selected_epoch": epochs[member],
-            "diverged": trained.diverged[member],
-        }
-        for member in members
-    ]
-    return trained.selected, notes
-
-
-def _circumstances(stage: str, parts: Ingredients) -> dict[str, Any]:
-    """What a stage was computed with that its key leaves out."""
-    way = parts.loops[stage].way if stage in parts.loops else None
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__, "members": len(parts.seeds), "step": way}
-
-
-def _row(epoch: Epoch, member: int) -> dict[str, Any]:
-    """One member's numbers of an epoch."""
-    return {
-        name: value[member] if name in PER_MEMBER and value is not None else value
-        for name, value in epoch._asdict().items()
-    }
-
-
-def _epoch(row: Mapping[str, Any]) -> Epoch:
-    """An epoch of one member from its numbers."""
-    return Epoch(
-        **{name: [value] if name in PER_MEMBER and value is not None else value for name, value in row.items()}
-    )
-
-
-def _tensors(population: Population, index: int) -> dict[str, Tensor]:
-    """One member's tensors under the names that the store keeps them by, such as `masks.fc1.weight`."""
-    return {
-        f"{part}.{name}": tensor[index].detach().to("cpu", copy=True).contiguous()
-        for part in PARTS
-        for name, tensor in getattr(population, part).items()
-    }
-
-
-def _population(tensors: Mapping[str, Tensor], like: Population, device: torch.device) -> Population:
-    """A population of one from the tensors that the store keeps, in the order that the module has them in."""
-    names = {**dict.fromkeys(like.parameters), **dict.fromkeys(like.buffers)}
-    parts = {
-        part: {name: tensors[f"{part}.{name}"].to(device).unsqueeze(0) for name in names if f"{part}.{name}" in tensors}
-        for part in PARTS
-    }
-    return replace(like, **parts)
 
 
 def _warn_of_whole_layers(member: Member) -> None:

@@ -248,7 +248,7 @@ def _own_objectives(sweep: Sweep) -> list[str] | None:
 
 # --- summary.csv -----------------------------------------------------------------------------------------------------
 
-LEFT_OUT = ("format", "config", "layers", "environment", "overrides", "computed", "keys", "warnings")
+LEFT_OUT = ("format", "config", "layers", "environment", "overrides", "computed", "computed_with", "keys", "warnings")
 
 
 def metrics(result: dict[str, Any]) -> dict[str, Any]:

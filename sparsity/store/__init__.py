@@ -11,15 +11,13 @@ import inspect
 import json
 import logging
 import os
-import tempfile
 import textwrap
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import safetensors
 import safetensors.torch
 import torch
@@ -135,42 +133,57 @@ class Store:
     """A folder of finished stages: `<stage>/<key>.safetensors`."""
 
     def __init__(self, folder: str | Path):
-        """Refuses a folder that cannot be written, before anything is computed for it."""
+        """Refuses a folder that cannot be written, before anything is computed for it; one with stages is then read."""
         self.folder = Path(folder).absolute()
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as probe:
-                probe.write(b"0")
-        except OSError as error:
+        self.told: set[str] = set()  # lines that are said once
+        error = files.why_not_writable(self.folder)
+        self.keeps = error is None
+        if error is not None and files.is_read_only(error) and any(self.folder.glob(f"*/*{SUFFIX}")):
+            self._warn(f"cannot be written ({_cause(error)}): the stages that it holds are used, and none is kept")
+        elif error is not None:
             raise ConfigError(
-                f"store={folder} cannot be written ({error.strerror or error}): give another folder by store=FOLDER, "
+                f"store={folder} cannot be written ({_cause(error)}): give another folder by store=FOLDER, "
                 "or store=null to keep no stages"
             ) from error
+
+    def _warn(self, line: str) -> None:
+        if line not in self.told:
+            self.told.add(line)
+            log.warning(f"warning: store={self.folder} {line}")
 
     def path(self, stage: str, key: str) -> Path:
         """Where a stage lies, or would."""
         return self.folder / stage / f"{key}{SUFFIX}"
 
-    def find(self, stage: str, key: str) -> Kept | None:
-        """The finished stage of a key, or None; a damaged file is set aside with a warning."""
+    def find(self, stage: str, key: str, check: Callable[[Kept], None] | None = None) -> Kept | None:
+        """The finished stage of a key, or None; a damaged file is set aside with a warning.
+
+        check: raises where a stage is not what it should be, whatever its checksum says.
+        """
         path = self.path(stage, key)
-        if not path.is_file():
-            return None
         try:
-            kept = _read(path, key)
+            os.lstat(path)
+            kept = _read(path, stage, key)
+            if check is not None:
+                check(kept)
+        except (FileNotFoundError, NotADirectoryError):  # never computed, or cleaned away meanwhile
+            return None
+        except OSError as error:  # it may be whole: another user's, or on a disk that is away
+            self._warn(f"holds {stage} in a file that cannot be read ({_cause(error)}): it is computed again")
+            return None
+        except Exception as error:  # whatever a damaged file makes its reader trip over
+            aside = files.set_aside(path)
+            done = "it cannot be set aside" if aside is None else f"set aside as {aside.name}"
+            log.warning(f"warning: {path} is damaged ({reason(error)}): {done}, computed again")
+            return None
+        with contextlib.suppress(OSError):  # another user's
             os.utime(path)  # `clean` goes by when a stage was last used
-            return kept
-        except FileNotFoundError:  # cleaned away meanwhile
-            return None
-        except (Damaged, safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            aside = path.with_name(f"{path.name}.damaged")
-            with contextlib.suppress(OSError):
-                os.replace(path, aside)
-            log.warning(f"warning: {path} is damaged ({reason(error)}): set aside as {aside.name}, computed again")
-            return None
+        return kept
 
     def keep(self, stage: str, key: str, ingredients: Mapping[str, Any], *, kept: Kept) -> None:
         """Writes a finished stage, whole or not at all; a disk that refuses it costs a warning, not the run."""
+        if not self.keeps:
+            return
         path = self.path(stage, key)
         description = {"format": FORMAT, "stage": stage, "ingredients": ingredients, "note": kept.note}
         described = {**description, "checksum": _checksum(kept.tensors, description)}
@@ -178,61 +191,63 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write_bytes(path, safetensors.torch.save(kept.tensors, {METADATA_KEY: json.dumps(described)}))
         except (OSError, safetensors.SafetensorError) as error:
-            log.warning(f"warning: store={self.folder} cannot keep {stage} ({reason(error)}): the run goes on without")
+            self._warn(f"cannot keep {stage} ({_cause(error)}): the run continues without")
 
     @contextlib.contextmanager
     def claim(self, stage: str, keys: Sequence[str]) -> Iterator[None]:
         """Holds the locks of stages; while another process holds one, waits for it, in an order that all share."""
         with contextlib.ExitStack() as held:
-            for key in sorted(set(keys)):
+            for key in sorted(set(keys)) if self.keeps else ():
                 held.enter_context(self._lock(stage, key))
             yield
 
     @contextlib.contextmanager
     def _lock(self, stage: str, key: str) -> Iterator[None]:
-        path = self.path(stage, key).with_suffix(".lock")
-        lock = filelock.FileLock(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(blocking=False)
-            except filelock.Timeout:
-                log.info(f"{stage:<10} waits for another process that computes it")
-                lock.acquire()
-        except (OSError, NotImplementedError) as error:
-            log.warning(
-                f"warning: store={self.folder} has no locks ({reason(error)}): {stage} may be computed more than once"
-            )
-        try:
+        path = self.path(stage, key)
+        with files.claimed(
+            path.with_suffix(".lock"),
+            waits=lambda: log.info(f"{stage:<10} waits for another process that computes it"),
+            is_done=path.is_file,
+        ) as error:
+            if error is not None:
+                self._warn(f"has no lock for {stage} ({_cause(error)}): it may be computed more than once")
             yield
-            if self.path(stage, key).is_file():  # whoever waits for the lock looks for the stage first
-                path.unlink(missing_ok=True)
-        finally:
-            lock.release()
+
+
+def _cause(error: BaseException) -> str:
+    """Why the disk refuses, in a few words."""
+    return getattr(error, "strerror", None) or reason(error)
 
 
 class Damaged(Exception):
     """What is wrong with a file of the store."""
 
 
-def _read(path: Path, key: str) -> Kept:
+def _read(path: Path, stage: str, key: str) -> Kept:
     described = read_description(path)
     description = {name: described[name] for name in ("format", "stage", "ingredients", "note")}
-    if key_of(described["ingredients"]) != key:
+    if key_of(described["ingredients"]) != key or described["stage"] != stage:
         raise Damaged("its ingredients are not those of its name")
     tensors = safetensors.torch.load_file(path)
     if _checksum(tensors, description) != described["checksum"]:
         raise Damaged("its checksum differs")
+    if not isinstance(described["note"], dict):
+        raise Damaged("its note says nothing")
     return Kept(tensors, described["note"])
 
 
 def read_description(path: Path) -> dict[str, Any]:
     """What a stage's file says of itself: format, stage, ingredients, note and checksum."""
+    other = files.obstacle(path)
+    if other is not None:
+        raise Damaged(f"it is {other}")
+    path.open("rb").close()  # where it may not be read, the system says so
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-    if METADATA_KEY not in metadata:
+    described = json.loads(metadata.get(METADATA_KEY, "null"))
+    if not isinstance(described, dict):
         raise Damaged("it says nothing of itself")
-    return json.loads(metadata[METADATA_KEY])
+    return described
 
 
 def _checksum(tensors: Tensors, description: Mapping[str, Any]) -> str:

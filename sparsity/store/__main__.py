@@ -3,19 +3,21 @@
 import argparse
 import contextlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import safetensors
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, reason
-from sparsity.store import SUFFIX, Damaged, read_description
+from sparsity.files import PART, is_left_over, obstacle
+from sparsity.store import SUFFIX, read_description
 
 
 class Entry(NamedTuple):
@@ -35,13 +37,28 @@ class Entry(NamedTuple):
 def entries(folder: Path) -> list[Entry]:
     """The stages of a store, the latest used first; damaged files that were set aside among them."""
     found = []
-    for path in folder.glob(f"*/*{SUFFIX}*"):
-        with contextlib.suppress(FileNotFoundError):  # cleaned away meanwhile
-            stat = path.stat()
-            is_being_written = path.name.startswith(".") and time.time() - stat.st_mtime < UNITS["d"]
-            if not is_being_written:
-                found.append(Entry(path.parent.name, path, stat.st_size, stat.st_mtime))
+    for stage in sorted(path for path in folder.iterdir() if path.is_dir()):
+        try:
+            names = os.listdir(stage)
+        except OSError as error:
+            _warn(f"{stage} cannot be read ({error.strerror}): its stages are left out")
+            continue
+        for path in (stage / name for name in names if SUFFIX in name):
+            with contextlib.suppress(FileNotFoundError):  # cleaned away meanwhile
+                stat = path.lstat()
+                if not _is_being_written(path, stat.st_mtime):
+                    found.append(Entry(stage.name, path, stat.st_size, stat.st_mtime))
     return sorted(found, key=lambda entry: -entry.last_used)
+
+
+def _is_being_written(path: Path, since: float) -> bool:
+    if not path.name.startswith("."):
+        return False
+    return not is_left_over(path) if path.name.endswith(PART) else time.time() - since < UNITS["d"]
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def to_clean(
@@ -68,12 +85,26 @@ def keys_in_use(folders: Iterable[Path]) -> set[str]:
     """The keys that the results anywhere under some folders name."""
     used: set[str] = set()
     for folder in folders:
-        for path in folder.rglob("result.json"):
+        for path in _results_below(folder):
             try:
-                used |= set(json.loads(path.read_text(encoding="utf-8")).get("keys", {}).values())
-            except (OSError, ValueError, AttributeError) as error:
+                if (other := obstacle(path)) is not None:
+                    raise ValueError(f"it is {other}")
+                keys = json.loads(path.read_text(encoding="utf-8")).get("keys", {})
+                used |= {str(key) for key in keys.values()}
+            except (OSError, ValueError, AttributeError, RecursionError) as error:
                 raise ConfigError(f"{path} cannot be read ({reason(error)}): mend or remove it, then clean") from error
     return used
+
+
+def _results_below(folder: Path) -> Iterator[Path]:
+    """What is called `result.json` under a folder; what cannot be read may hold some, and is refused."""
+
+    def refuse(error: OSError) -> None:
+        raise ConfigError(f"{error.filename} cannot be read ({error.strerror}), and may hold results: have it opened")
+
+    for place, folders, names in os.walk(folder, onerror=refuse):
+        if "result.json" in (*folders, *names):
+            yield Path(place, "result.json")
 
 
 UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
@@ -105,13 +136,21 @@ def _age_of(seconds: float) -> str:
 
 
 def _says(entry: Entry) -> str:
-    """What a stage was made of, in a few words."""
+    """What a stage was made of, in a few words; or what is wrong with its file."""
+    if entry.path.name.endswith(PART):
+        return "left half written"
     if not entry.path.name.endswith(SUFFIX):
         return "damaged"
     try:
-        own = read_description(entry.path)["ingredients"]
-    except (Damaged, safetensors.SafetensorError, OSError, ValueError, KeyError):
+        words = _made_of(read_description(entry.path)["ingredients"])
+    except OSError as error:
+        return f"cannot be read: {error.strerror or reason(error)}"
+    except Exception:  # whatever a damaged file makes its reader trip over
         return "damaged"
+    return " ".join(words)
+
+
+def _made_of(own: dict[str, Any]) -> list[str]:
     words = [f"seed={own['seed']}"]
     words += [own["penalty"]["target"].rpartition(".")[2], f"decay={own['decay']:g}"] if "penalty" in own else []
     if "rule" in own:
@@ -122,7 +161,7 @@ def _says(entry: Entry) -> str:
         words.insert(0, own["before"]["model"]["target"].rpartition(".")[2])
     else:
         words.append(f"after {own['before'][:SHORT]}")
-    return " ".join(words)
+    return words
 
 
 SHORT = 8  # digits of a key that tell stages apart in a list
@@ -134,10 +173,15 @@ def _list(found: Sequence[Entry], now: float) -> None:
         table.add_column(column, justify="right" if column in ("size", "last used") else "left", no_wrap=True)
     for entry in found:
         ago = f"{_age_of(now - entry.last_used)} ago"
-        table.add_row(entry.stage, entry.key, _size_of(entry.num_bytes), ago, _says(entry))
+        cells = (entry.stage, entry.key, _size_of(entry.num_bytes), ago, _says(entry))
+        table.add_row(*(Text(_printable(cell)) for cell in cells))  # brackets are no markup
     if found:
         Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
     print(f"{len(found)} stages, {_size_of(sum(entry.num_bytes for entry in found))}")
+
+
+def _printable(text: str) -> str:
+    return "".join(mark if mark.isprintable() else "?" for mark in text)
 
 
 WIDTH = 140  # characters where the output is no terminal
@@ -152,10 +196,18 @@ def _clean(given: argparse.Namespace, found: Sequence[Entry], now: float) -> Non
     used = keys_in_use(given.results) if given.unused else None
     gone = to_clean(found, now=now, age=given.older_than, size=given.max_size, used=used)
     if not given.dry_run:
-        for entry in gone:
-            entry.path.unlink(missing_ok=True)
+        gone = [entry for entry in gone if _remove(entry.path)]
     freed = _size_of(sum(entry.num_bytes for entry in gone))
     print(f"{'would remove' if given.dry_run else 'removed'} {len(gone)} of {len(found)} stages, {freed}")
+
+
+def _remove(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # another user's, or a folder in a file's place
+        _warn(f"{path} cannot be removed: {error.strerror or reason(error)}")
+        return False
+    return True
 
 
 def _arguments() -> argparse.ArgumentParser:
