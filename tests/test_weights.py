@@ -11,7 +11,7 @@ import sparsity
 from sparsity.data import digits
 from sparsity.errors import WeightsError
 from sparsity.models import lenet300
-from sparsity.weights import fill, read_state, write_state
+from sparsity.weights import fill, read_states, write_state
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def save(kind, network, path):
 def test_formats(tmp_path, network, kind):
     path = tmp_path / "weights.pth"
     save(kind, network, path)
-    filled = fill(lenet300(input_shape=(1, 28, 28), num_classes=10), read_state(path), path)
+    filled = fill(lenet300(input_shape=(1, 28, 28), num_classes=10), read_states(path), path).module
     for name, tensor in network.state_dict().items():
         assert torch.equal(filled.state_dict()[name], tensor)
 
@@ -52,7 +52,7 @@ def test_truncated_files(tmp_path, network, kind, share):
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(WeightsError, match=r"model.weights=.*weights.pth") as error:
-        read_state(path)
+        read_states(path)
     assert "\n" not in str(error.value)
 
 
@@ -69,26 +69,26 @@ def test_code_in_a_file_is_not_run(tmp_path, zipped):
     path = tmp_path / "weights.pth"
     torch.save({"fc1.weight": Payload(tmp_path / "ran")}, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(WeightsError, match="would execute code when loaded"):
-        read_state(path)
+        read_states(path)
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_whole_pickled_module_is_refused(tmp_path, network):
     torch.save(network, tmp_path / "whole.pth")
     with pytest.raises(WeightsError, match=r"save its state_dict by torch.save"):
-        read_state(tmp_path / "whole.pth")
+        read_states(tmp_path / "whole.pth")
 
 
 @pytest.mark.parametrize("content", [torch.zeros(3), {}, {"a": 3}, [1, 2], {1: torch.zeros(2)}])
 def test_what_is_no_state_dict(tmp_path, content):
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="holds no state_dict"):
-        read_state(tmp_path / "other.pth")
+        read_states(tmp_path / "other.pth")
 
 
 def test_no_file(tmp_path):
     with pytest.raises(WeightsError, match="is no file: give a safetensors file or a state_dict"):
-        read_state(tmp_path / "nothing.pth")
+        read_states(tmp_path / "nothing.pth")
 
 
 def test_misfits_are_listed(network):
@@ -152,7 +152,7 @@ def test_weights_of_another_type_are_refused(network, kind):
 @pytest.mark.parametrize("kind", [torch.float16, torch.float64])
 def test_weights_of_another_precision_are_taken(network, kind):
     state = {name: tensor.to(kind) for name, tensor in network.state_dict().items()}
-    assert fill(network, state, "my.pth").fc1.weight.dtype is torch.float32
+    assert fill(network, state, "my.pth").module.fc1.weight.dtype is torch.float32
 
 
 def test_weights_that_overflow_are_refused(network):

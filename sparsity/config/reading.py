@@ -108,6 +108,8 @@ def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
         elif (group == "optimizer" or key in ("schedule", "schedule.batch_size")) and not set(run.stages) - {"prune"}:
             lines.append(f"{key} does nothing: stages={_shown(run.stages)} trains nothing")
+        elif key == "model.head" and run.model.head and run.model.weights is None:
+            lines.append("model.head=new does nothing: without model.weights=FILE every layer is drawn anew")
         elif key == "data.validation_seed" and not run.data.validation:
             lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")
     return lines

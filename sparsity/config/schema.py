@@ -36,6 +36,7 @@ class Model:
 
     factory: Call
     weights: str | None
+    head: Literal["new"] | None = None  # new: the last layer is drawn, not read, for another number of classes
 
 
 @dataclass(frozen=True)

@@ -243,11 +243,13 @@ def _record(
 ) -> Record:
     """The members before their first stage, everything about them checked."""
     runs = [job.run for job in jobs]
-    population = first_population(runs, splits, device)
+    population, warnings = first_population(runs, splits, device)
     parts = ingredients(runs, splits, population, device)
     check_methods(runs[0], population, parts)
     check_trains(parts, population)
-    return Record(jobs, keys, parts, population, device, kept, choose)
+    record = Record(jobs, keys, parts, population, device, kept, choose)
+    record.warn_all(warnings)
+    return record
 
 
 def _finished(job: Job, keys: dict[str, Key]) -> dict[str, Any] | None:

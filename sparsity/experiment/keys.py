@@ -22,6 +22,7 @@ def stage_keys(run: Run, data: str, device: str, precision: str) -> dict[str, Ke
     """
     place = {"format": store.FORMAT, "data": data, "device": device, "precision": precision, "seed": run.seed}
     before: Any = {"model": _call(run.model.factory), "weights": run.model.weights and _weights(run.model.weights)}
+    before |= {} if run.model.head is None else {"head": run.model.head}
     keys: dict[str, Key] = {}
     for stage in run.stages:
         ingredients = {"stage": stage, "before": before, **place, **_own(stage, run)}

@@ -29,7 +29,7 @@ from sparsity.stages import Ingredients, derived_seed
 from sparsity.step import Penalty, can_be_recorded, convolves, is_elementwise, try_step
 from sparsity.tensors import Layout, to_view
 from sparsity.training import Loop, train
-from sparsity.weights import fill, read_state
+from sparsity.weights import fill, read_states
 
 log = logging.getLogger("sparsity")
 
@@ -108,17 +108,21 @@ def _set_digest(part: Images | Files) -> str:
     return store.key_of({"files": listed, "labels": part.labels.tolist(), "shape": list(part.shape)})
 
 
-def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) -> Population:
-    """The members as they are before the first stage: drawn by their seeds, or with the weights given."""
+def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) -> tuple[Population, list[str]]:
+    """The members before the first stage, drawn by their seeds or with the weights given, and warnings of these."""
     model = runs[0].model
     name = runs[0].name.get("model", model.factory.target)
-    modules = [_build(run, splits, name) for run in runs]
-    if model.weights is not None:
-        state = read_state(model.weights)
-        modules = [fill(module, state, model.weights) for module in modules]
+    modules, warnings = [_build(run, splits, name) for run in runs], []
     images = splits.example()
+    if model.weights is not None:
+        states = read_states(model.weights)
+        for module in modules:
+            warnings = fill(module, states, model.weights, images=images, new_head=model.head == "new").warnings
+        if model.head == "new" and set(runs[0].stages) <= {"prune"}:
+            shown = ",".join(runs[0].stages)
+            warnings.append(f"model.head=new: stages=[{shown}] does not train the new last layer")
     check_fits(modules[0], images, splits.num_classes, name)
-    return stack(modules, device, images)
+    return stack(modules, device, images), warnings
 
 
 def check_trains(parts: Ingredients, population: Population) -> None:

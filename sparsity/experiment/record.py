@@ -122,8 +122,10 @@ class Record:
         for job in jobs:
             _check_folder(job.folder)
         if self.run.model.weights is not None:
-            (accuracy,) = self._measure(population.member(0))  # the same weights for all
-            for member in self.members:
+            is_same = self.run.model.head is None  # the weights of all members
+            measured = self._measure(population.member(0) if is_same else population)
+            for index, member in enumerate(self.members):
+                accuracy = measured[0 if is_same else index]
                 member.measured |= {"dense": accuracy, "final": accuracy}
 
     def _note_whole_network(self, population: Population) -> None:
@@ -133,6 +135,11 @@ class Record:
             self._warn_all(f"MACs leave out {', '.join(unseen)}: no linear layer or convolution uses them directly")
         if self.splits.validation is None and "finetune" in self.run.stages:
             self._warn_all("data.validation=0: nothing is selected; the network will be that of the last epoch")
+
+    def warn_all(self, lines: Iterable[str]) -> None:
+        """Keeps warnings for the result of every member."""
+        for line in lines:
+            self._warn_all(line)
 
     def _warn_all(self, line: str) -> None:
         for member in self.members:
