@@ -15,9 +15,11 @@ from omegaconf import DictConfig
 
 from sparsity import config
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, one_line
+from sparsity.streams import be_lenient
 
 INTERRUPTED = 130  # the exit status
 
+be_lenient()
 config.register()
 TRUST = config.admitted(sys.argv[1:])  # before Hydra composes, so that no YAML has a say in it
 os.environ["SPARSITY_TRUST"] = ",".join(TRUST)  # for the processes that a launcher starts
@@ -25,6 +27,7 @@ os.environ["SPARSITY_TRUST"] = ",".join(TRUST)  # for the processes that a launc
 
 def run(composed: DictConfig) -> tuple[float, ...]:
     """One job: a run, or a member of a sweep."""
+    be_lenient()  # where a launcher runs it in a process of its own, too
     from sparsity import experiment  # torch takes seconds to import, and --help and bad keys need none of it
 
     try:

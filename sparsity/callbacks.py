@@ -59,7 +59,12 @@ class Sweep(Callback):
             self.progress.watch()
 
     def on_job_start(self, config: DictConfig, **rest: Any) -> None:
-        """Goes where the sweep was started, so that relative paths mean the same in every process."""
+        """Says what will run, at once, as torch takes seconds to import.
+
+        A sweep's job goes where the sweep was started, so that relative paths mean the same in every process.
+        """
+        if config.hydra.mode is RunMode.RUN:
+            _announce(config)
         if self.progress is None and config.hydra.mode is RunMode.MULTIRUN and not config.hydra.job.chdir:
             os.chdir(config.hydra.runtime.cwd)
 
@@ -88,6 +93,17 @@ class Sweep(Callback):
             table.show(sweeps.summarise([self.progress.folder], published=self.published))
         except (SparsityError, OSError) as error:
             log.error(f"the summary of {self.progress.folder} could not be written: {reason(error)}")
+
+
+def _announce(config: DictConfig) -> None:
+    """One line on stdout that names what a run is made of, and its folder."""
+    from sparsity.results import near
+    from sparsity.tables import say_parts
+
+    chosen = config.hydra.runtime.choices
+    methods = " ".join(f"{group}={chosen[group]}" for group in ("model", "data", "reg", "prune"))
+    parts = [methods, " → ".join(map(str, config.stages)), f"files in {near(Path(config.hydra.runtime.output_dir))}"]
+    say_parts([part for part in parts if part])
 
 
 class Progress:

@@ -1,45 +1,60 @@
 """What a person sees while a run works: progress bars, tables, one line at the end."""
 
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 
-from rich.box import HEAVY_HEAD, SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column as GridColumn
 
-from sparsity.accounting import Report
+from sparsity import tables
+from sparsity.accounting import Report, Row
+from sparsity.tables import Column
 from sparsity.training import Epoch, Watcher
 
 log = logging.getLogger("sparsity")
 SECONDS_BETWEEN_LINES = 10.0  # of the plain lines that stand for a bar where the output is no terminal
-WIDTH = 132  # characters where the output is no terminal
-NARROW = 118  # characters that the whole table needs on LeNet-5
-COLUMNS = ("tensor", "shape", "std", "threshold", "non-zeros", "of", "density", "live in", "live out", "MACs")
-LEFT_OUT_WHEN_NARROW = ("shape", "std", "threshold", "of")
+TIME_WIDTH = len("1:00:00 ")  # of the time left
+SHORTEST_BAR, LONGEST_BAR = 6, 24
+COMPILING = "compiling the training step"  # takes 2 s, or 11 s of a network that is new to the machine
+MAX_ROWS = 40  # tensors in a table: those of the networks on MNIST fit many times, and a screen takes no more
 
 
 class StageProgress(Watcher):
     """A bar for one stage, or plain lines from time to time where the output is no terminal."""
 
-    def __init__(self, stage: str, num_epochs: int, num_batches: int):
+    def __init__(self, stage: str, num_epochs: int, num_batches: int, *, compiles: bool = False):
         self.stage = stage
         self.num_epochs, self.num_batches = num_epochs, num_batches
         self.start = self.last_line = time.monotonic()
         self.batches = 0
         self.bar: Progress | None = None
+        waits_for = COMPILING if compiles else ""
         if sys.stderr.isatty() and num_epochs:
+            console = Console(stderr=True, width=tables.width_of(sys.stderr))
+            self.room = console.width - len(f"{stage:<10} ") - TIME_WIDTH
+            self.gauge = BarColumn()
             self.bar = Progress(
-                TextColumn("{task.description:<10}"),
-                TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True, min_width=5)),
-                TextColumn("{task.fields[text]}"),
-                BarColumn(bar_width=24),
-                console=Console(stderr=True),
+                TextColumn("{task.description:<10}", markup=False, table_column=GridColumn(no_wrap=True)),
+                TimeRemainingColumn(compact=True, table_column=GridColumn(no_wrap=True, min_width=5)),
+                TextColumn("{task.fields[text]}", markup=False, table_column=GridColumn(no_wrap=True)),
+                self.gauge,
+                console=console,
             )
             self.task = self.bar.add_task(stage, total=num_epochs * num_batches, text="")
+            self._show(waits_for)
             self.bar.start()
+        elif waits_for:
+            log.info(f"{stage:<10} {waits_for}")
+
+    def _show(self, text: str) -> None:
+        """Puts a text beside the bar, which takes what is left of the line."""
+        text = tables.shorten(text, self.room - SHORTEST_BAR - 1, "end")
+        self.gauge.bar_width = max(SHORTEST_BAR, min(LONGEST_BAR, self.room - len(text) - 1))
+        self.bar.update(self.task, text=text)
 
     def batch(self) -> None:
         """Moves the bar."""
@@ -51,7 +66,7 @@ class StageProgress(Watcher):
         """Shows what an epoch came to."""
         text = describe(row, self.num_epochs)
         if self.bar:
-            self.bar.update(self.task, text=text)
+            self._show(describe(row, self.num_epochs, self.room - SHORTEST_BAR - 1))
         is_last = row.epoch == self.num_epochs
         if row.epoch and (is_last or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES):
             self.last_line = time.monotonic()
@@ -68,14 +83,17 @@ class StageProgress(Watcher):
             self.bar.stop()
 
 
-def describe(row: Epoch, num_epochs: int) -> str:
-    """One epoch in words; over several members, their means."""
-    parts = [f"epoch {row.epoch}/{num_epochs}"]
+def describe(row: Epoch, num_epochs: int, room: float = math.inf) -> str:
+    """One epoch in words; over several members, their means. What has no room is left out, the penalty first."""
+    parts = {"epoch": f"epoch {row.epoch}/{num_epochs}"}
     if row.loss is not None and row.penalty is not None:
-        parts += [f"loss {_mean(row.loss):.4f}", f"penalty {_mean(row.penalty):.4g}"]
+        parts |= {"loss": f"loss {_mean(row.loss):.4f}", "penalty": f"penalty {_mean(row.penalty):.4g}"}
     if row.validation is not None:
-        parts.append(f"validation {_mean(row.validation):.2%}")
-    return " | ".join(parts)
+        parts["validation"] = f"validation {_mean(row.validation):.2%}"
+    for name in ("penalty", "loss", "validation"):
+        if len(" | ".join(parts.values())) > room:
+            parts.pop(name, None)
+    return " | ".join(parts.values())
 
 
 def _mean(numbers: list[float]) -> float:
@@ -84,35 +102,40 @@ def _mean(numbers: list[float]) -> float:
 
 def show_report(title: str, report: Report) -> None:
     """The table of what is left, per tensor and whole, on stdout; a narrow terminal gets fewer columns."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    is_wide = console.width >= NARROW
-    table = Table(title=title, title_justify="left", box=HEAVY_HEAD if is_wide else SIMPLE_HEAD, padding=(0, 1))
-    columns = [name for name in COLUMNS if is_wide or name not in LEFT_OUT_WHEN_NARROW]
-    for column in columns:
-        table.add_column(column, justify="left" if column == "tensor" else "right", no_wrap=True)
-    for row in report.rows:
-        cells = _cells(row.name, "×".join(map(str, row.shape)), (row.std, row.threshold), (row.nonzero, row.total))
-        cells |= {"live in": _count(row.live_inputs), "live out": _count(row.live_outputs), "MACs": _count(row.macs)}
-        table.add_row(*(cells[column] for column in columns))
-    table.add_section()
-    for kind, macs in (("weights", report.macs["pruned"]), ("parameters", None)):
-        cells = _cells(f"all {kind}", "", (None, None), (report.nonzero[kind], report.total[kind]))
-        cells |= {"live in": "", "live out": "", "MACs": _count(macs)}
-        table.add_row(*(cells[column] for column in columns))
-    console.print(table)
+    rows = _most(report.rows)
+    kinds = ("weights", "parameters")
+    counts = [(row.nonzero, row.total) for row in rows] + [(report.nonzero[kind], report.total[kind]) for kind in kinds]
+    columns = [
+        Column("tensor", [row.name for row in rows] + [f"all {kind}" for kind in kinds], True, cut="start", least=14),
+        _column("shape", ["×".join(map(str, row.shape)) for row in rows], rank=5),
+        _column("std", [_number(row.std) for row in rows], rank=8),
+        _column("threshold", [_number(row.threshold) for row in rows], rank=7),
+        Column("non-zeros", [_count(nonzero) for nonzero, _ in counts]),
+        Column("of", [_count(total) for _, total in counts], rank=6),
+        Column("density", [f"{nonzero / total:.2%}" if total else "" for nonzero, total in counts]),
+        _column("live in", [_count(row.live_inputs) for row in rows], rank=2),
+        _column("live out", [_count(row.live_outputs) for row in rows], rank=3),
+        _column("MACs", [_count(row.macs) for row in rows], _count(report.macs["pruned"]), rank=1),
+    ]
+    left_out = len(report.rows) - len(rows)
+    caption = f"the largest {len(rows)} tensors; {left_out} more are in layers.csv" if left_out else ""
+    tables.show_table(columns, title=title, caption=caption, num_sums=len(kinds))
 
 
-def _cells(name: str, shape: str, numbers: tuple[float | None, ...], counts: tuple[int, int]) -> dict[str, str]:
-    std, threshold = ("" if number is None else f"{number:.4g}" for number in numbers)
-    nonzero, total = map(_count, counts)
-    cells = {"tensor": name, "shape": shape, "std": std, "threshold": threshold, "non-zeros": nonzero, "of": total}
-    return {**cells, "density": f"{counts[0] / counts[1]:.2%}"}
+def _most(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a person can take in: of a large network those of the largest tensors."""
+    largest = sorted(rows, key=lambda row: -row.total)[:MAX_ROWS]
+    return [row for row in rows if any(row is other for other in largest)]
+
+
+def _column(name: str, cells: list[str], of_weights: str = "", *, rank: int) -> Column:
+    """A column of the report: a cell for each tensor, and perhaps one for all weights."""
+    return Column(name, [*cells, of_weights, ""], rank=rank)
+
+
+def _number(number: float | None) -> str:
+    return "" if number is None else f"{number:.4g}"
 
 
 def _count(count: int | None) -> str:
     return "" if count is None else f"{count:,}"
-
-
-def show_line(parts: Iterable[str]) -> None:
-    """The one line that says what came out, on stdout."""
-    print(" | ".join(parts), flush=True)

@@ -51,7 +51,8 @@ def test_a_mistake_is_one_line_and_status_2(tmp_path):
     (tmp_path / "result.json").write_text("before")
     done = main(*MLP, "sensitivity=-1", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 2
-    assert done.stderr == "sensitivity must be a number ≥ 0, got -1: prune=std\n" and done.stdout == ""
+    assert done.stderr == "sensitivity must be a number ≥ 0, got -1: prune=std\n"
+    assert done.stdout.startswith("model=mlp data=digits reg=hs prune=std | ") and done.stdout.count("\n") == 1
     assert (tmp_path / "result.json").read_text() == "before"
 
 

@@ -254,13 +254,14 @@ def _build(run: Run, splits: Splits, name: str) -> torch.nn.Module:
 def ingredients(runs: Sequence[Run], splits: Splits, population: Population, device: torch.device) -> Ingredients:
     """What the stages of the runs' population are made of."""
     first = runs[0]
+    loops = {stage: _loop(first, stage, population, splits) for stage in first.stages if stage != "prune"}
     return Ingredients(
         splits=splits,
-        loops={stage: _loop(first, stage, population, splits) for stage in first.stages if stage != "prune"},
+        loops=loops,
         penalty=_penalty(runs, population.layouts, device),
         rule=_rule(runs, population.layouts, device),
         seeds=[run.seed for run in runs],
-        watcher=lambda stage: _watch(first, stage, len(splits.train)),
+        watcher=lambda stage: _watch(loops[stage], stage, len(splits.train)),
     )
 
 
@@ -397,6 +398,6 @@ def owner_of(name: str, layers: dict[str, float]) -> str | None:
     return max((layer for layer in layers if _is_in(name, layer)), key=len, default=None)
 
 
-def _watch(run: Run, stage: str, num_images: int) -> console.StageProgress:
-    num_batches = count_batches(num_images, run.schedule.batch_size)
-    return console.StageProgress(stage, getattr(run.schedule, stage).epochs, num_batches)
+def _watch(loop: Loop, stage: str, num_images: int) -> console.StageProgress:
+    num_batches = count_batches(num_images, loop.batch_size)
+    return console.StageProgress(stage, loop.epochs, num_batches, compiles=loop.way == "compiled")

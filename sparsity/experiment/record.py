@@ -27,6 +27,7 @@ from sparsity.population import Population, join
 from sparsity.results import plots
 from sparsity.stages import Ingredients
 from sparsity.store import Kept, Store
+from sparsity.tables import say_parts
 from sparsity.training import Epoch, evaluate
 from sparsity.weights import write_state
 
@@ -233,6 +234,7 @@ class Record:
         if stage == "prune":
             member.seen = {name: note[name] for name in ("stds", "thresholds")}
             _warn_of_whole_layers(member)
+            self._say_what_is_left(member, note["accuracy"])
         else:
             member.histories[stage] = [epoch_of(row) for row in note["history"]]
         if stage == "regularize":
@@ -242,8 +244,14 @@ class Record:
         self._keep(stage, member)
         if note.get("diverged") is not None:
             member.error = _divergence(stage, note["diverged"], member)
-        elif stage in ("prune", "finetune") and not member.job.in_sweep:
-            console.show_report(f"after {stage}", self._report(member))
+
+    def _say_what_is_left(self, member: Member, accuracy: Mapping[str, float | None]) -> None:
+        """One line after pruning; the table of all tensors comes at the end."""
+        report = self._report(member)
+        line = f"{'prune':<10} {report.nonzero['weights']:,} of {report.total['weights']:,} weights left"
+        if accuracy["validation"] is not None:
+            line += f" | validation {accuracy['validation']:.2%}"
+        log.info(line, extra={"member": member.job.number})
 
     def _keep(self, stage: str, member: Member) -> None:
         """The files of one stage in the member's folder."""
@@ -284,10 +292,16 @@ class Record:
                 states = {name: population.state(0) for name, population in member.states.items()}
                 plots.draw_all(job.folder, member.histories, result["layers"], states, results.title(result), 0)
             results.write_result(job.folder, result)  # the last file: where it is, the run is whole
-        if not self.run.stages and not job.in_sweep:
-            console.show_report("as given", report)
-        console.show_line(results.summary(result, job.folder))
+        if not job.in_sweep:
+            self._show(report)
+        say_parts(results.summary(result, job.folder))
         return {**result, "folder": str(job.folder)}
+
+    def _show(self, report: Report) -> None:
+        """The table of what is left, once: finetuning leaves the zeros that pruning made."""
+        last = next((stage for stage in reversed(self.run.stages) if stage in ("prune", "finetune")), None)
+        if last is not None or not self.run.stages:
+            console.show_report("as given" if last is None else f"after {last}", report)
 
     def _result(self, member: Member, report: Report) -> dict[str, Any]:
         run, epoch = member.job.run, member.selected_epoch

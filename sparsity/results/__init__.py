@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -228,12 +229,12 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
-    """The parts of the one line that says what came out."""
+    """The parts of the line that says what came out."""
     accuracy, compression = result["accuracy"], result["compression"]
     before = next(
         (accuracy[name]["test"] for name in ("dense", "regularized") if accuracy[name]["test"] is not None), None
     )
-    after = f"{accuracy['final']['test']:.2%}"
+    after = _percent(accuracy["final"]["test"])
     note = ""
     if "finetune" in result["stages"]:
         epoch = accuracy["selected"]["epoch"]
@@ -244,9 +245,23 @@ def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
         f"test accuracy {_percent(before)} → {after}{note}",
         f"compression {_times(compression['weights'])} of weights, {_times(compression['parameters'])} with biases",
         f"structure {result['structure']} of {result['dense_structure']}",
-        f"MACs {result['macs']['pruned']:,} of {result['macs']['dense']:,}",
-        f"files in {folder}",
+        macs_left(result["macs"]),
+        f"files in {near(folder)}",
     ]
+
+
+def macs_left(macs: Mapping[str, int]) -> str:
+    """The MACs as papers count them, and those that are left once what is dead is removed, of the dense ones."""
+    removable = macs.get("removable")  # results of the first versions lack it
+    kinds = "" if removable is None else f" as papers count, {removable:,} once dead units are removed,"
+    return f"MACs {macs['pruned']:,}{kinds} of {macs['dense']:,}"
+
+
+def near(folder: Path) -> str:
+    """A folder as seen from here, if it is below; else whole."""
+    whole = os.path.abspath(folder)
+    seen = os.path.relpath(whole)
+    return whole if seen.startswith(os.pardir) else seen
 
 
 def _percent(share: float | None) -> str:

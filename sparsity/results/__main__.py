@@ -14,6 +14,7 @@ from sparsity.results import table
 from sparsity.results.members import RESULT, Member
 from sparsity.results.points import Point, smallest
 from sparsity.results.sweeps import Summary, summarise
+from sparsity.streams import be_lenient, say
 
 REFERENCE_ACCURACY = 0.9
 COMPARED = Path("outputs/compared")
@@ -98,7 +99,7 @@ def _choose(summary: Summary, arguments: argparse.Namespace) -> None:
     table.show_choice(point)
     if arguments.export:
         export(point, arguments.export, [sweep.folder for sweep in summary.sweeps])
-        print(f"exported to {arguments.export}", flush=True)
+        say(f"exported to {arguments.export}")
 
 
 def export(point: Point, path: Path, sweeps: Sequence[Path] = ()) -> None:
@@ -137,6 +138,7 @@ def _copy(copies: dict[Path, Path]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 for a user's mistake, which is told in one line."""
+    be_lenient()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         run(parser().parse_args(arguments))

@@ -15,6 +15,7 @@ from sparsity.results import objectives
 from sparsity.results.members import SIZES, WITHOUT_EFFECT, Member, canonical
 
 CONFIDENCE = 0.95
+FEWEST = 3  # seeds that have an interval: by Student's t, that of two is 13 standard errors long
 VALIDATION, TEST = "accuracy.final.validation", "accuracy.final.test"
 
 
@@ -26,11 +27,14 @@ class Estimate(NamedTuple):
 
 
 def estimate(numbers: Sequence[float | None]) -> Estimate:
-    """The mean of numbers, and its 95 % interval by Student's t; no mean where one is missing."""
+    """The mean of numbers, and its 95 % interval by Student's t, which two numbers say nothing about.
+
+    No mean where a number is missing.
+    """
     if not numbers or any(number is None or not math.isfinite(number) for number in numbers):
         return Estimate(None, None)
     mean = math.fsum(numbers) / len(numbers)
-    if len(numbers) == 1:
+    if len(numbers) < FEWEST:
         return Estimate(mean, None)
     from scipy.special import stdtrit
 
@@ -47,7 +51,11 @@ class Point:
 
     def estimate(self, key: str) -> Estimate:
         """The mean of a number of the results under its dotted key."""
-        return estimate([member.number(key) for member in self.members])
+        return estimate(self.numbers(key))
+
+    def numbers(self, key: str) -> list[float | None]:
+        """A number of the results under its dotted key, one a seed."""
+        return [member.number(key) for member in self.members]
 
     def mean(self, key: str) -> float:
         """The mean of a number; NaN where it was not measured."""

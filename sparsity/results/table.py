@@ -1,44 +1,45 @@
 """What a person sees at the end of a sweep: the front as a table, how the members ended, how sweeps compare."""
 
-import os
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
-from rich.box import HEAVY_HEAD, SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
+from sparsity.results import macs_left, near
 from sparsity.results.members import Member, canonical
-from sparsity.results.points import TEST, VALIDATION, Point, command, dominated_volume, front_of, points_of
+from sparsity.results.points import FEWEST, TEST, VALIDATION, Point, command, dominated_volume, front_of, points_of
 from sparsity.results.sweeps import PICTURES, SUMMARY, Summary, num_stages
+from sparsity.streams import say
+from sparsity.tables import Column, say_parts, show_table
 
-WIDTH = 160  # characters where the output is no terminal
-NARROW = 110  # characters below which the table goes without frames
+SEEDS = "means over seeds, ± 95 % interval; of two, both accuracies; structure and folder of the best on validation"
+MOST_FAILURES = 10  # that are told one by one
 
 
 def show(summary: Summary) -> None:
     """How the members ended, the front as a table, and the lines that run it again, on stdout."""
     for line in [*count_lines(summary), *stage_lines(summary)]:
-        print(line)
+        say(line)
     if not summary.points:
-        print(f"no member has finished: nothing to draw; {SUMMARY} is in {near(summary.out)}", flush=True)
+        say(f"no member has finished: nothing to draw; {SUMMARY} is in {near(summary.out)}")
         return
-    _print(front_table(summary))
+    show_front(summary)
     for number, point in enumerate(summary.front, 1):
-        print(f"{number:>3}  {point.command}")
+        say(f"{number:>3}  {point.command}")
     files = ", ".join([SUMMARY, "front.json", *PICTURES])
-    print(f"{files} in {near(summary.out)}", flush=True)
+    say_parts([f"{files} in {near(summary.out)}"])
 
 
 def count_lines(summary: Summary) -> list[str]:
-    """How many members there are and how they ended; the cause of each failure."""
+    """How many members there are and how they ended; the cause of each failure, of very many the first ones."""
     counts = {status: sum(member.status == status for member in summary.members) for status in ("done", "failed")}
     counts["unfinished"] = sum(sweep.num_unfinished for sweep in summary.sweeps)
     total = sum(counts.values())
     parts = [f"{count} {status}" for status, count in counts.items() if count or status == "done"]
     failed = [member for member in summary.members if member.status == "failed"]
-    return [f"{total} member{'s' * (total != 1)}: {', '.join(parts)}", *map(_failure, failed)]
+    more = [f"{len(failed) - MOST_FAILURES} more failed: {SUMMARY} says why"] if len(failed) > MOST_FAILURES else []
+    return [
+        f"{total} member{'s' * (total != 1)}: {', '.join(parts)}",
+        *map(_failure, failed[:MOST_FAILURES]),
+        *more,
+    ]
 
 
 def _failure(member: Member) -> str:
@@ -52,23 +53,30 @@ def stage_lines(summary: Summary) -> list[str]:
     return [f"stages computed: {words}"] if counts else []
 
 
-def front_table(summary: Summary) -> Table:
-    """The points that no other dominates, one a row."""
-    keys = [key for key in summary.swept if key != "seed" or not _has_seeds(summary)]
-    names = ", ".join(summary.objectives)
-    table = _table(f"front: {len(summary.front)} of {len(summary.points)} points; {names}; accuracy on validation")
-    for column in ("", *keys):
-        table.add_column(column, justify="right", no_wrap=not column, overflow="fold")
-    for column in ("validation", "test", "compression", "MACs", "structure", *_seeds_column(summary)):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("folder", overflow="fold")
-    for number, point in enumerate(summary.front, 1):
-        seeds = [str(len(point.members))] if _has_seeds(summary) else []
-        settings = [_short(point.value(key)) for key in keys]
-        table.add_row(str(number), *settings, *_figures(point), *seeds, near(point.best.folder))
-    if _has_seeds(summary):
-        table.caption = "means over seeds, ± 95 % interval; structure and folder of the seed best on validation"
-    return table
+def show_front(summary: Summary) -> None:
+    """The points that no other dominates, one a row; what has no room is in `front.json`."""
+    front, has_seeds = summary.front, _has_seeds(summary)
+    keys = [key for key in summary.swept if key != "seed" or not has_seeds]
+    columns = [
+        Column("", [str(number) for number in range(1, len(front) + 1)]),
+        *(Column(key, [_short(point.value(key)) for point in front], rank=1, cut="end", least=12) for key in keys),
+        Column("validation", [accuracy(point, VALIDATION) for point in front]),
+        Column("test", [accuracy(point, TEST) for point in front]),
+        Column("compression", [times(point) for point in front]),
+        Column("MACs", [_count(point, "macs.pruned") for point in front], rank=3),
+        Column("structure", [str(point.best.result["structure"]) for point in front], rank=5, cut="end", least=12),
+        Column("folder", [near(point.best.folder) for point in front], True, rank=2, cut="start", least=10),
+    ]
+    if any("removable" in point.best.result["macs"] for point in front):
+        columns.insert(-2, Column("MACs removable", [_count(point, "macs.removable") for point in front], rank=4))
+    if has_seeds:
+        columns.insert(-1, Column("seeds", [str(len(point.members)) for point in front], rank=6))
+    show_table(
+        columns,
+        title=f"front: {len(front)} of {len(summary.points)} points; {', '.join(summary.objectives)}; "
+        "accuracy on validation",
+        caption=SEEDS if has_seeds else "",
+    )
 
 
 def _short(text: str | None) -> str:
@@ -77,52 +85,29 @@ def _short(text: str | None) -> str:
     return f"{value:.4g}" if isinstance(value, float) else text or ""
 
 
-def _figures(point: Point) -> list[str]:
-    macs = point.estimate("macs.pruned").mean
-    structure = str(point.best.result["structure"])
-    return [accuracy(point, VALIDATION), accuracy(point, TEST), times(point), f"{macs:,.0f}", structure]
+def _count(point: Point, key: str) -> str:
+    mean = point.estimate(key).mean
+    return "–" if mean is None else f"{mean:,.0f}"
 
 
 def _has_seeds(summary: Summary) -> bool:
     return any(len(point.members) > 1 for point in summary.points)
 
 
-def _seeds_column(summary: Summary) -> list[str]:
-    return ["seeds"] if _has_seeds(summary) else []
-
-
 def accuracy(point: Point, key: str) -> str:
-    """An accuracy in percent, with its interval where there is one."""
+    """An accuracy in percent, with its interval where there is one; of two seeds both."""
     mean, interval = point.estimate(key)
     if mean is None:
         return "–"
-    return f"{mean:.2%}" if interval is None else f"{mean:.2%} ± {100 * interval:.2f}"
+    if interval is None:
+        return f"{', '.join(f'{100 * number:.2f}' for number in sorted(point.numbers(key)))}%"
+    return f"{mean:.2%} ± {100 * interval:.2f}"
 
 
 def times(point: Point) -> str:
     """The compression of the weights."""
     mean = point.estimate("compression.weights").mean
     return "∞" if mean is None else f"{mean:.1f}×"
-
-
-def near(folder: Path) -> str:
-    """A folder as seen from here, if it is below; else whole."""
-    whole = os.path.abspath(folder)
-    seen = os.path.relpath(whole)
-    return whole if seen.startswith(os.pardir) else seen
-
-
-def _table(title: str) -> Table:
-    box = HEAVY_HEAD if _console().width >= NARROW else SIMPLE_HEAD
-    return Table(title=title, title_justify="left", caption_justify="left", box=box, padding=(0, 1))
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
-
-
-def _print(table: Table) -> None:
-    _console().print(table, highlight=False)
 
 
 # --- comparing and choosing ------------------------------------------------------------------------------------------
@@ -133,13 +118,16 @@ def show_volumes(summary: Summary, reference: float) -> None:
     groups = {near(sweep.folder): points_of(sweep.members) for sweep in summary.sweeps}
     if len(groups) > 1:
         groups["all together"] = summary.points
-    table = _table(f"hypervolume: {' × '.join(_axes(summary.objectives, reference))}")
-    for column in ("sweep", "points", "on the front", "validation", "test"):
-        table.add_column(column, justify="left" if column == "sweep" else "right")
-    for name, points in groups.items():
-        table.add_row(name, str(len(points)), *_volumes(points, summary.objectives, reference))
-    table.caption = "test: of the points that are on the front by validation"
-    _print(table)
+    figures = [[str(len(points)), *_volumes(points, summary.objectives, reference)] for points in groups.values()]
+    names = ("points", "on the front", "validation", "test")
+    show_table(
+        [
+            Column("sweep", list(groups), True, cut="start", least=10),
+            *(Column(name, cells) for name, cells in zip(names, map(list, zip(*figures)))),
+        ],
+        title=f"hypervolume: {' × '.join(_axes(summary.objectives, reference))}",
+        caption="test: of the points that are on the front by validation",
+    )
 
 
 def _volumes(points: list[Point], names: list[str], reference: float) -> list[str]:
@@ -161,11 +149,15 @@ def _unit(name: str) -> str:
 def show_choice(point: Point) -> None:
     """A point that was chosen: its figures, its folder and the line that runs it again, on stdout."""
     member, several = point.best, len(point.members) > 1
-    seeds = f" (means of {len(point.members)} seeds)" if several else ""
-    print(
-        f"chosen: validation {accuracy(point, VALIDATION)}, test {accuracy(point, TEST)}{seeds}, compression "
-        f"{times(point)}, MACs {point.mean('macs.pruned'):,.0f}, structure {member.result['structure']}"
+    macs = {name: round(point.mean(f"macs.{name}")) for name in member.result["macs"]}
+    counted = f"{'means of ' if len(point.members) >= FEWEST else ''}{len(point.members)} seeds"
+    seeds = f" ({counted})" if several else ""
+    say_parts(
+        [
+            f"chosen: validation {accuracy(point, VALIDATION)}, test {accuracy(point, TEST)}{seeds}, compression "
+            f"{times(point)}, {macs_left(macs)}, structure {member.result['structure']}"
+        ]
     )
     best = f", seed {member.seed}, the best on validation" if several else ""
-    print(f"folder: {near(member.folder)}{best}")
-    print(f"again:  {command(member) if not several else point.command}", flush=True)
+    say(f"folder: {near(member.folder)}{best}")
+    say(f"again:  {command(member) if not several else point.command}")

@@ -10,14 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, reason
 from sparsity.files import PART, is_left_over, obstacle
 from sparsity.store import SUFFIX, read_description
+from sparsity.streams import be_lenient, say
+from sparsity.tables import Column, show_table
 
 
 class Entry(NamedTuple):
@@ -168,23 +165,17 @@ SHORT = 8  # digits of a key that tell stages apart in a list
 
 
 def _list(found: Sequence[Entry], now: float) -> None:
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("stage", "key", "size", "last used", "made of"):
-        table.add_column(column, justify="right" if column in ("size", "last used") else "left", no_wrap=True)
-    for entry in found:
-        ago = f"{_age_of(now - entry.last_used)} ago"
-        cells = (entry.stage, entry.key, _size_of(entry.num_bytes), ago, _says(entry))
-        table.add_row(*(Text(_printable(cell)) for cell in cells))  # brackets are no markup
     if found:
-        Console(width=None if sys.stdout.isatty() else WIDTH).print(table)
-    print(f"{len(found)} stages, {_size_of(sum(entry.num_bytes for entry in found))}")
-
-
-def _printable(text: str) -> str:
-    return "".join(mark if mark.isprintable() else "?" for mark in text)
-
-
-WIDTH = 140  # characters where the output is no terminal
+        show_table(
+            [
+                Column("stage", [entry.stage for entry in found], True),
+                Column("key", [entry.key for entry in found], True, rank=1, cut="end"),
+                Column("size", [_size_of(entry.num_bytes) for entry in found]),
+                Column("last used", [f"{_age_of(now - entry.last_used)} ago" for entry in found]),
+                Column("made of", [_says(entry) for entry in found], True, cut="end", least=20),
+            ]
+        )
+    say(f"{len(found)} stages, {_size_of(sum(entry.num_bytes for entry in found))}")
 
 
 def _clean(given: argparse.Namespace, found: Sequence[Entry], now: float) -> None:
@@ -198,7 +189,7 @@ def _clean(given: argparse.Namespace, found: Sequence[Entry], now: float) -> Non
     if not given.dry_run:
         gone = [entry for entry in gone if _remove(entry.path)]
     freed = _size_of(sum(entry.num_bytes for entry in gone))
-    print(f"{'would remove' if given.dry_run else 'removed'} {len(gone)} of {len(found)} stages, {freed}")
+    say(f"{'would remove' if given.dry_run else 'removed'} {len(gone)} of {len(found)} stages, {freed}")
 
 
 def _remove(path: Path) -> bool:
@@ -226,6 +217,7 @@ def _arguments() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    be_lenient()
     given = _arguments().parse_args(arguments)
     try:
         if not given.store.is_dir():
