@@ -153,7 +153,7 @@ def test_what_a_stage_says_of_itself_is_one_line_of_the_list(filled, capsys):
     ingredients = {**INGREDIENTS, "seed": "[red]one\ntwo\x1b[2J"}
     filled.keep("pretrain", store.key_of(ingredients), ingredients, kept=kept())
     assert main(["--store", str(filled.folder), "list"]) == 0
-    assert "seed=[red]one?two?[2J" in capsys.readouterr().out
+    assert r"seed=[red]one\ntwo\x1b[2J" in capsys.readouterr().out
 
 
 def test_a_check_of_the_askers_own_sets_aside_too(filled, caplog):
