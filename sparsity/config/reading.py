@@ -8,6 +8,7 @@ from typing import get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+from sparsity.config.outside import bring_in
 from sparsity.config.schema import STAGES, Call, Run
 from sparsity.config.trust import TRUSTED, patterns
 from sparsity.config.typed import check
@@ -17,11 +18,16 @@ from sparsity.kinds import Range
 
 
 def read(
-    config: DictConfig, *, trust: Sequence[str] = (), choices: Mapping[str, str | None] = types.MappingProxyType({})
+    config: DictConfig,
+    *,
+    trust: Sequence[str] = (),
+    choices: Mapping[str, str | None] = types.MappingProxyType({}),
+    folder: str | None = None,
 ) -> Run:
     """The checked run of a composed config.
 
-    trust: the modules that the user admits, from `admitted`; choices: of each group, for people to read.
+    trust: the modules that the user admits, from `admitted`; choices: of each group, for people to read; folder: the
+    one that the command was typed in, if it is not the current one.
     """
     try:
         node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -29,6 +35,7 @@ def read(
         raise ConfigError(f"{error.full_key} has no value: give it one on the command line") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
+    bring_in(node, trust, folder)
     name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
     run = check("", {**node, "name": name}, Run, (*TRUSTED, *patterns(trust)))
     for entry in run.trust:

@@ -181,7 +181,7 @@ def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Seque
 def _job(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> Job:
     """The checked job of a composed config."""
     _check_search(composed, hydra)
-    checked = config.read(composed, trust=trust, choices=hydra.runtime.choices)
+    checked = config.read(composed, trust=trust, choices=hydra.runtime.choices, folder=hydra.runtime.cwd)
     idle = config.idle_settings(checked, list(hydra.overrides.task))
     for line in idle:
         log.warning(f"warning: {line}")

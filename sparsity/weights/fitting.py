@@ -202,8 +202,9 @@ def _told(judged: _Judged, head: Sequence[str], source: str) -> list[str]:
     if elsewhere:
         lines.append(f"{source}: what is not under {judged.reading.prefix} is left out: {_listed(_tops(elsewhere))}")
     if head:
-        layers = dict.fromkeys(name.rpartition(".")[0] for name in head)
-        lines.append(f"model.head=new: the last layer, {', '.join(layers)}, is drawn anew, and not read from {source}")
+        lines.append(
+            f"model.head=new: the last layer, {', '.join(_tops(head))}, is drawn anew, and not read from {source}"
+        )
     return lines
 
 
