@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import time
 from pathlib import Path
 
 import filelock
+import numpy as np
 import optuna
 import pytest
 from conftest import ROOT, choices, slow
@@ -21,8 +24,9 @@ from omegaconf import OmegaConf
 
 from sparsity import config
 from sparsity.errors import ConfigError, DivergedError, SparsityError
-from sparsity.sweeper import search
+from sparsity.sweeper import search, space, storage
 from sparsity.sweeper.search import Search
+from sparsity.sweeper.storage import storage_of
 
 JOURNAL = "storage=journal:///studies.log"  # quicker than a database
 BASE = ("data=digits", "model=mlp", "model.factory.hidden=[8]", "schedule=smoke")
@@ -105,7 +109,7 @@ def searching(tmp_path, monkeypatch):
             runner.config, runner.launcher = composed, Launcher(answer, Path(composed.hydra.sweep.dir))
             runner.hydra_context = Context(asked)
             runner.sweep(list(composed.hydra.overrides.task))
-        study = optuna.load_study(study_name=None, storage=search._storage(runner.storage))
+        study = optuna.load_study(study_name=None, storage=storage_of(runner.storage))
         return runner.launcher, study
 
     return searching
@@ -382,6 +386,7 @@ def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch
     ("override", "words"),
     [
         ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials must be a whole number ≥ 1, got 0"),
+        ("hydra.sweeper.n_trials=-3", "hydra.sweeper.n_trials must be a whole number ≥ 1, got -3"),
         ("hydra.sweeper.n_jobs=0", "hydra.sweeper.n_jobs must be a whole number ≥ 1, got 0"),
         ("reg.decay=interval(1e-3,1e-5)", r"reg.decay=interval\(1e-3,1e-5\) is no range to search"),
         ("reg.decay=tag(log,interval(0,1))", "reg.decay=.* is no range to search.*log"),
@@ -407,6 +412,15 @@ def test_mistakes_are_one_line_before_anything_runs(override, words, searching, 
 def test_regularizers_can_be_searched_with_one_range_for_all(searching):
     launcher, _ = searching("reg=hs,l1", "reg.decay=tag(log,interval(1e-5,1e-4))")
     assert {settings["reg"] for settings in launcher.asked} == {"hs", "l1"}
+
+
+def test_a_sampler_that_cannot_be_made_is_refused_in_a_line(searching):
+    with pytest.raises(ConfigError, match=r"hydra.sweeper.sampler cannot be made: .*population_size"):
+        searching("search=nsga2", "hydra.sweeper.sampler.population_size=1")
+    with pytest.raises(ConfigError, match=r"hydra/sweeper/sampler=grid needs no search"):
+        runner = Search.__new__(Search)
+        runner.sampler_config = OmegaConf.create({"_target_": "optuna.samplers.GridSampler", "_partial_": True})
+        runner._sampler(0, {})
 
 
 def test_nothing_to_search(searching):
@@ -437,10 +451,306 @@ def test_a_named_study_is_of_one_search(override, words, searching):
 
 @pytest.mark.slow
 def test_files_keep_studies(searching, tmp_path):
-    for storage in ("journal:///deep/studies.log", f"sqlite:///{tmp_path}/deep/studies.db"):
-        searching(f"hydra.sweeper.storage={storage}", n_trials=2)
-        launcher, study = searching(f"hydra.sweeper.storage={storage}", n_trials=3)
+    for url in ("journal:///deep/studies.log", f"sqlite:///{tmp_path}/deep/studies.db"):
+        searching(f"hydra.sweeper.storage={url}", n_trials=2)
+        launcher, study = searching(f"hydra.sweeper.storage={url}", n_trials=3)
         assert len(launcher.asked) == 1 and len(study.trials) == 3
+
+
+# --- points ----------------------------------------------------------------------------------------------------------
+
+FINITE = ("reg.decay=1e-4,1e-3", "sensitivity=range(0.2,0.6,0.2)", "seed=range(0,2)")
+
+
+@pytest.mark.parametrize("name", ["pareto", *slow("random", "nsga2", "quasi_random", "gaussian_process")])
+def test_no_point_of_a_finite_space_is_proposed_twice_and_its_end_is_told(name, searching, caplog):
+    caplog.set_level("INFO")
+    with pytest.raises(SparsityError, match="1 of 5 members failed"):
+        searching(f"search={name}", *FINITE, n_trials=5, answer=failing(DivergedError("nan"), {1}))
+    assert "points of the search are run" not in caplog.text
+    more, study = searching(f"search={name}", *FINITE, "hydra.sweeper.n_jobs=2", n_trials=20)
+    assert "all 8 points of the search are run: 8 members instead of 20" in caplog.text
+    done = [tuple(trial.params.values()) for trial in study.trials]
+    assert len(more.asked) == 3 and len(done) == len(set(done)) == 8
+    assert {settings["sensitivity"] for settings in more.asked} <= {"0.2", "0.4"}
+    assert searching(f"search={name}", *FINITE, n_trials=20)[0].asked == []
+
+
+def test_equal_choices_are_one_and_choices_keep_their_quotes(searching):
+    other = "hydra.sweeper.storage=journal:///other.log"
+    launcher, _ = searching("sensitivity=0.3,0.30,3e-1,0.6", "reg.decay=0.1", other, n_trials=9)
+    assert sorted(settings["sensitivity"] for settings in launcher.asked) == ["0.3", "0.6"]
+    quoted, _ = searching("""device="cpu",'auto'""", "reg.decay=0.1", "sensitivity=0.1", n_trials=9)
+    assert sorted(settings["device"] for settings in quoted.asked) == ['"cpu"', "'auto'"]
+
+
+class Stuck(optuna.samplers.RandomSampler):
+    """Proposes one point, whatever happens."""
+
+    def sample_independent(self, study, trial, name, distribution):
+        return distribution.choices[0] if hasattr(distribution, "choices") else distribution.low
+
+
+def test_a_sampler_that_repeats_itself_is_given_another_point():
+    ranges = {
+        "x": optuna.distributions.FloatDistribution(0, 1),
+        "y": optuna.distributions.IntDistribution(1, 9, log=True),
+    }
+    study = optuna.create_study()
+    study.sampler = space.Unrepeated(Stuck(), ranges, lambda study, trial: search._taken(ranges, study, trial.number))
+    study.enqueue_trial({"x": 0.5})
+    found = []
+    for _ in range(12):
+        trial = study.ask(ranges)
+        study.tell(trial, 0.0)
+        found.append((trial.params["x"], trial.params["y"]))
+    assert found[:2] == [(0.5, 1), (0, 1)] and len(set(found)) == 12
+
+
+def test_places_of_points():
+    ranges = {
+        "a": optuna.distributions.FloatDistribution(0.1, 0.7, step=0.2),
+        "b": optuna.distributions.CategoricalDistribution((1, "x", None, True)),
+        "c": optuna.distributions.IntDistribution(1, 7, step=3),
+    }
+    assert space.size(ranges) == 4 * 3 * 3 and space.size({"x": optuna.distributions.FloatDistribution(0, 1)}) == np.inf
+    points = [dict(zip(ranges, each)) for each in itertools.product(*map(space._values, ranges.values()))]
+    assert len({space.place(ranges, point) for point in points} - {None}) == 36
+    assert space.place(ranges, {"a": 0.3, "b": "x", "c": 4}) == space.place(ranges, {"a": 0.1 + 0.2, "b": "x", "c": 4})
+    for wrong in ({"a": 0.3, "b": "x"}, {"a": 0.9, "b": "x", "c": 4}, {"a": "no", "b": "x", "c": 4}, {"b": "y"}):
+        assert space.place(ranges, wrong) is None
+    assert space.fits(ranges, {"a": 0.3}) and not space.fits(ranges, {"d": 1}) and not space.fits(ranges, {"b": "y"})
+
+
+@pytest.mark.parametrize(
+    ("override", "remedy"),
+    [
+        ("seed=interval(0.5,3.5)", r"give 'seed=range\(1,4\)' or 'seed=int\(interval\(1,3\)\)'"),
+        *slow(
+            ("seed=tag(log,interval(1,100))", r"give 'seed=tag\(log,int\(interval\(1,100\)\)\)'"),
+        ),
+    ],
+)
+def test_a_range_of_whole_numbers_is_named(override, remedy, searching):
+    with pytest.raises(ConfigError, match=f"must be a whole number.*: {remedy}") as error:
+        searching(override)
+    key, _, given = re.search("give '([^']*)'", str(error.value))[1].partition("=")
+    launcher, _ = searching(f"{key}={given}", n_trials=1)
+    assert int(launcher.asked[0][key]) > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "n_trials", "words"),
+    [
+        ("pareto", 3, "points are random until 10 members are finished (hydra.sweeper.sampler.n_startup_trials=10), "
+         "which the sampler learns from: all of this search"),
+        ("nsga2", 30, "sampler.population_size=10), which the sampler learns from: the next 10 of this search"),
+    ],
+)  # fmt: skip
+def test_what_is_random_at_first_is_told(name, n_trials, words, searching, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Search, "_ask", lambda *_: None)
+    searching(f"search={name}", n_trials=n_trials)
+    assert words in caplog.text
+
+
+def test_what_is_random_all_along_is_not_told(searching, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Search, "_ask", lambda *_: None)
+    searching("search=random")
+    assert "points are random" not in caplog.text
+
+
+# --- a study that others write into ----------------------------------------------------------------------------------
+
+
+def written(study, searching, tmp_path, n_trials, *overrides):
+    """What a search asks for after others wrote into its study; nothing may lie beside the sweep's numbered folders."""
+    launcher, study = searching("sensitivity=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", *overrides, n_trials=n_trials)
+    assert all(name.isdigit() for name in folders(launcher.asked)), folders(launcher.asked)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["sweep"]
+    assert all(path.name.isdigit() for path in (tmp_path / "sweep").iterdir() if path.is_dir())
+    return launcher, study
+
+
+@pytest.mark.parametrize(
+    "folder", ["../../outside", None, *slow("/outside", "0/../..", "", "0", "01", "9" * 400, 7, ["0"], "٣")]
+)
+def test_names_of_folders_are_not_believed(folder, searching, tmp_path):
+    one = ("sensitivity=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", "reg.decay=0.1")
+    _, study = searching(*one, n_trials=2)
+    left = [
+        each for each in (0.1, 0.2, 0.3, 0.4) if each not in [trial.params["sensitivity"] for trial in study.trials]
+    ]
+    study.enqueue_trial({"sensitivity": left[0]}, user_attrs={"folder": folder, "retry_of": 0})
+    study.add_trial(
+        optuna.create_trial(
+            params={"sensitivity": left[1]},
+            distributions=study.trials[0].distributions,
+            values=[0.5, 2.0],
+            user_attrs={"folder": folder if folder != "0" else None},
+        )
+    )
+    launcher, _ = written(study, searching, tmp_path, 5, "reg.decay=0.1", "hydra.sweeper.n_jobs=2")
+    assert folders(launcher.asked) == ["2", "3"] and launcher.asked[0]["sensitivity"] == str(left[0])
+
+
+def test_points_of_others_are_taken_where_they_are_of_this_search(searching, tmp_path, caplog):
+    one = ("sensitivity=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", "reg.decay=0.1")
+    _, study = searching(*one, n_trials=1)
+    first = study.trials[0].params["sensitivity"]
+    for point in (
+        {"sensitivity": first},
+        {"sensitivity": 0.15},
+        {"sensitivity": "${oc.env:HOME}"},
+        {"store": "/outside"},
+    ):
+        study.enqueue_trial(point)
+    study.add_trial(
+        optuna.create_trial(
+            params={"trust": "evil"},
+            distributions={"trust": optuna.distributions.CategoricalDistribution(["evil"])},
+            values=[0.5, 2.0],
+            user_attrs={"folder": "7"},
+        )
+    )
+    launcher, study = written(study, searching, tmp_path, 4, "reg.decay=0.1")
+    assert len(launcher.asked) == 2 and all(not {"store", "trust"} & set(each) for each in launcher.asked)
+    assert caplog.text.count("a queued point of") == 4
+
+
+@pytest.mark.parametrize("owner", ["me", {}, {"host": 1}, {"pid": -1}, {"pid": 10**30}, {"started": "then"}, [1]])
+def test_owners_that_are_none_are_gone(owner):
+    assert search._is_gone({**search._owner(), **owner} if isinstance(owner, dict) and owner else owner)
+
+
+@pytest.mark.parametrize("asked", ["x", *slow({"space": {}}, {"space": 1, "objectives": [], "config": ""})])
+def test_a_study_of_another_program_is_refused(asked, searching):
+    _, study = searching(n_trials=1)
+    study.set_user_attr("asked", asked)
+    with pytest.raises(ConfigError, match="was made by another program"):
+        searching(n_trials=2)
+
+
+# --- storages --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [20, *slow(1, 90)])
+def test_a_journal_that_was_cut_short_goes_on(cut, searching, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(search, "_owner", lambda: {"host": search.socket.gethostname(), "pid": 2**22, "started": 0.0})
+    searching(n_trials=2)
+    journal = tmp_path / "studies.log"
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    for n_trials in (3, 4):
+        _, study = searching(n_trials=n_trials)
+        assert sum(trial.state.name == "COMPLETE" for trial in study.trials) == n_trials
+    assert caplog.text.count("was cut short") == 1
+
+
+@pytest.mark.parametrize("rest", [b'{"op_code":8,"wor', b"\0" * 500, b"x\n"])
+def test_what_is_written_behind_a_cut_is_kept(rest, tmp_path):
+    journal = tmp_path / "studies.log"
+    optuna.create_study(storage=storage_of(f"journal:///{journal}"), study_name="a")
+    one = journal.read_bytes()
+    optuna.create_study(storage=storage_of(f"journal:///{journal}"), study_name="b")
+    both = journal.read_bytes()
+    for damaged, whole in ((both + rest, both), (one + rest.rstrip(b"\n") + both[len(one) :], both)):
+        journal.write_bytes(damaged)
+        assert storage.mend(journal) and journal.read_bytes() == whole and not storage.mend(journal)
+    assert optuna.get_all_study_names(storage_of(f"journal:///{journal}")) == ["a", "b"]
+
+
+def test_a_journal_that_is_damaged_in_its_midst_is_refused_in_a_line(searching, tmp_path):
+    searching(n_trials=2)
+    journal = tmp_path / "studies.log"
+    lines = journal.read_bytes().split(b"\n")
+    journal.write_bytes(b"\n".join([*lines[:3], b"rubbish", *lines[4:]]))
+    with pytest.raises(ConfigError, match="is damaged in line 4: take it and what follows out"):
+        searching(n_trials=3)
+
+
+@pytest.mark.parametrize(
+    ("url", "file"),
+    [
+        ("sqlite:///a/b.db", "a/b.db"),
+        ("sqlite+pysqlite:///b.db?timeout=3", "b.db"),
+        ("journal:////a/b.log", "/a/b.log"),
+        ("sqlite:///~/b.db", "HOME/b.db"),
+        ("journal:///~/b.log", "HOME/b.log"),
+        ("sqlite:///:memory:", None),
+        ("sqlite://", None),
+        ("postgresql://host/database", None),
+        (None, None),
+    ],
+)
+def test_files_of_storages(url, file, monkeypatch):
+    monkeypatch.setenv("HOME", "HOME")
+    assert storage.file_of(url) == (None if file is None else Path(file))
+
+
+def test_studies_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for url in ("sqlite:///~/a/s.db", "journal:///~/b/s.log"):
+        optuna.create_study(storage=storage_of(url))
+    assert sorted(path.name for path in tmp_path.rglob("s.*")) == ["s.db", "s.log"]
+    assert not (tmp_path / "~").exists() and (tmp_path / "home" / "a" / "s.db").exists()
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "journal://x",
+        *slow("foo:///x", "http://localhost/x", "redis://localhost", "postgresql://127.0.0.1:1/none", "sqlite:///."),
+    ],
+)
+def test_a_storage_that_is_none_is_refused_in_a_line(url, searching):
+    with pytest.raises(ConfigError, match=r"storage=.* cannot be opened") as error:
+        searching(f"hydra.sweeper.storage={url}")
+    assert "\n" not in str(error.value)
+
+
+def test_a_database_that_is_not_one_is_refused_in_a_line(searching, tmp_path):
+    (tmp_path / "s.db").write_text("rubbish " * 1000)
+    (tmp_path / "s.log").write_text("rubbish\nmore\n")
+    for url in ("sqlite:///s.db", "journal:///s.log"):
+        with pytest.raises(ConfigError, match=r"hydra.sweeper.storage=") as error:
+            searching(f"hydra.sweeper.storage={url}")
+        assert "\n" not in str(error.value)
+
+
+def test_a_server_that_is_asked_at_once_is_asked_again(monkeypatch, searching):
+    calls = []
+    real = optuna.create_study
+
+    def create(**how):
+        calls.append(how)
+        if len(calls) < 3:
+            raise optuna.exceptions.StorageInternalError("relation exists already")
+        return real(**{**how, "storage": None})
+
+    runner = Search.__new__(Search)
+    runner.storage, runner.direction = "postgresql://host/database", ["maximize"]
+    monkeypatch.setattr(optuna, "create_study", create)
+    monkeypatch.setattr(search, "storage_of", lambda url: url)
+    monkeypatch.setattr(search.time, "sleep", lambda seconds: None)
+    assert runner._created("a").study_name == "a" and len(calls) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("url", ["sqlite:///new.db", "journal:///new.log"])
+def test_a_new_study_is_opened_by_eight_processes_at_once(url, tmp_path):
+    code = (
+        "import sys, types; from sparsity.sweeper.search import Search; from sparsity import config; "
+        "config.sweep_name = lambda composed: 'a'; runner = Search.__new__(Search); runner.study_name = None; "
+        "runner.storage, runner.direction = sys.argv[1], ['maximize']; "
+        "runner.config = types.SimpleNamespace(objectives=['accuracy']); runner._open({}, {})"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, url]
+    running = [
+        subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) for _ in range(8)
+    ]
+    assert [(process.communicate(timeout=120)[1] or "")[-300:] * process.returncode for process in running] == [""] * 8
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
