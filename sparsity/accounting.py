@@ -1,14 +1,15 @@
 """What is left of a network: per tensor and whole, non-zeros, live structure and multiply-accumulates (MACs)."""
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sparsity.graph import Layer
-from sparsity.tensors import Layout, Tensors, nonzero, to_view
+from sparsity.graph import Facts, Layer, LayerUse, Units
+from sparsity.tensors import Layout, Tensors, to_view
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class Row:
     density: float
     live_inputs: int | None  # inputs with a non-zero weight; None where the tensor is no weight
     live_outputs: int | None
-    macs: int | None  # None where the tensor is no linear or convolution weight
+    macs: int | None  # as papers count; None where the tensor multiplies no activations
+    macs_removable: int | None = None  # what is left of them once all that can be cut out is
 
 
 class Report(NamedTuple):
@@ -35,9 +37,10 @@ class Report(NamedTuple):
     nonzero: dict[str, int]  # weights: without biases and the rest; parameters: everything
     total: dict[str, int]
     compression: dict[str, float | None]  # total / nonzero; None where nothing is left
-    macs: dict[str, int]  # dense and pruned
-    structure: str  # what is left, as the papers write it
+    macs: dict[str, int]  # dense; pruned, as papers count; removable: left once all that can be cut out is
+    structure: str  # what is left, as papers write it
     dense_structure: str
+    structure_removable: str = ""  # what is left once all that can be cut out is
 
 
 class Live(NamedTuple):
@@ -50,36 +53,59 @@ class Live(NamedTuple):
 def account(
     parameters: Tensors,
     layouts: dict[str, Layout],
-    graph: dict[str, Layer],
+    graph: Mapping[str, Layer],
     *,
+    buffers: Tensors | None = None,
     stds: dict[str, float] | None = None,
     thresholds: dict[str, float] | None = None,
 ) -> Report:
     """The report on one member's parameters.
 
-    stds and thresholds: by name, those that the rule saw; without stds, the parameters' own are shown.
+    graph: from `trace`; without units, nothing is known to be removable. buffers: of the member; running statistics
+    that are not given count as other than 0. stds and thresholds: by name, those that the rule saw; without stds, the
+    parameters' own are shown.
     """
-    views = {name: to_view(parameter, layouts[name]) for name, parameter in parameters.items()}
+    facts = Facts({**parameters, **(buffers or {})})
+    views = {name: to_view(facts.of(name), layouts[name]) for name in parameters}
     live = _agree(views, graph)
     dense = _agree({name: torch.ones_like(view) for name, view in views.items() if name in graph}, graph)
-    macs = {name: _macs(graph[name], views[name], live[name]) for name in graph}
-    stds = stds or {name: standard_deviation(parameter) for name, parameter in parameters.items()}
+    units: Units = getattr(graph, "units", None) or Units.none()
+    uses = _uses(graph, units)
+    kept = units.kept(facts)[units.of]  # by slot
+    whole = torch.ones_like(kept)
+    macs = {name: _macs(layer, views[name], live[name], uses[name], facts) for name, layer in graph.items()}
+    removable, total = (
+        {name: _cut_macs(layer, views[name], uses[name], slots) for name, layer in graph.items()}
+        for slots in (kept, whole)
+    )
+    products, all_products = (sum(product.macs(slots) for product in units.matmuls) for slots in (kept, whole))
     rows = [
-        _row(name, parameter, layouts[name], views[name], stds[name], (thresholds or {}).get(name), macs.get(name))
+        _row(
+            name,
+            parameter,
+            layouts[name],
+            views[name],
+            std=stds[name] if stds else standard_deviation(parameter),
+            threshold=(thresholds or {}).get(name),
+            macs=macs.get(name),
+            macs_removable=removable.get(name),
+        )
         for name, parameter in parameters.items()
     ]
-    left, total = ({kind: _sum(rows, kind, field) for kind in ("weights", "parameters")} for field in COUNTS)
+    left, entries = ({kind: _sum(rows, kind, field) for kind in ("weights", "parameters")} for field in COUNTS)
     return Report(
         rows=rows,
         nonzero=left,
-        total=total,
-        compression={kind: total[kind] / left[kind] if left[kind] else None for kind in total},
+        total=entries,
+        compression={kind: entries[kind] / left[kind] if left[kind] else None for kind in entries},
         macs={
-            "dense": sum(_macs(graph[name], views[name], dense[name]) for name in graph),
-            "pruned": sum(macs.values()),
+            "dense": sum(total.values()) + all_products,
+            "pruned": sum(macs.values()) + products,
+            "removable": sum(removable.values()) + products,
         },
-        structure=_structure(graph, live),
+        structure=_structure(graph, live | _tied(graph, uses, units, facts)),
         dense_structure=_structure(graph, dense),
+        structure_removable=_structure(graph, dense | _cut(uses, kept)),
     )
 
 
@@ -91,29 +117,20 @@ def standard_deviation(parameter: Tensor) -> float:
     return parameter.double().std(correction=0).item()
 
 
-def _row(
-    name: str,
-    parameter: Tensor,
-    layout: Layout,
-    view: Tensor,
-    std: float,
-    threshold: float | None,
-    macs: int | None,
-) -> Row:
+def _row(name: str, parameter: Tensor, layout: Layout, view: Tensor, **more: Any) -> Row:
+    """The row of one tensor; view: which of its entries are not 0."""
     is_weight = layout.kind == "weight"
-    count, total = int(nonzero(parameter).sum()), parameter.numel()
+    count, total = int(view.sum()), parameter.numel()
     return Row(
         name=name,
         kind=layout.kind,
         shape=list(parameter.shape),
-        std=std,
-        threshold=threshold,
         nonzero=count,
         total=total,
         density=count / total,
         live_inputs=int(live_inputs(view).sum()) if is_weight else None,
         live_outputs=int(live_outputs(view).sum()) if is_weight else None,
-        macs=macs,
+        **more,
     )
 
 
@@ -122,16 +139,16 @@ def _sum(rows: list[Row], kind: str, field: str) -> int:
 
 
 def live_inputs(view: Tensor) -> Tensor:
-    """Which inputs have a non-zero weight: bool [groups · inputs], in the order of the input's channels."""
-    return nonzero(view).any(3).any(1).flatten()
+    """Which inputs have a weight that is not 0: bool [groups · inputs], in the order of the input's channels."""
+    return view.any(3).any(1).flatten()
 
 
 def live_outputs(view: Tensor) -> Tensor:
-    """Which outputs have a non-zero weight: bool [groups · outputs]."""
-    return nonzero(view).any(3).any(2).flatten()
+    """Which outputs have a weight that is not 0: bool [groups · outputs]."""
+    return view.any(3).any(2).flatten()
 
 
-def _agree(views: Tensors, graph: dict[str, Layer]) -> dict[str, Live]:
+def _agree(views: Tensors, graph: Mapping[str, Layer]) -> dict[str, Live]:
     """Live inputs and outputs of every layer; where one layer's outputs are another's inputs, the smaller counts.
 
     A flattened input counts `spread` for each channel of its source, and a channel is read while any of them is.
@@ -160,12 +177,57 @@ def _count(live: Tensor, groups: int) -> list[int]:
     return live.view(groups, -1).sum(1).tolist()
 
 
-def _macs(layer: Layer, view: Tensor, live: Live) -> int:
-    """Σ over groups of live inputs · live outputs, · kernel size · output positions."""
-    return sum(map(operator.mul, live.inputs, live.outputs)) * view.shape[3] * layer.num_positions
+def _uses(graph: Mapping[str, Layer], units: Units) -> dict[str, list[LayerUse]]:
+    """The uses of each layer's weight, of which one may take a part alone, as attention does of its projections."""
+    found: dict[str, list[LayerUse]] = {name: [] for name in graph}
+    for use in units.layers:
+        found[use.weight].append(use)
+    return found
 
 
-def _structure(graph: dict[str, Layer], live: dict[str, Live]) -> str:
+def _macs(layer: Layer, view: Tensor, live: Live, uses: list[LayerUse], facts: Facts) -> int:
+    """Σ over groups of live inputs · live outputs, · kernel size · output positions; parts by their own counts."""
+    if all(use.is_whole for use in uses):
+        return sum(map(operator.mul, live.inputs, live.outputs)) * view.shape[3] * layer.num_positions
+    connected = [(use, use.connections(facts)) for use in uses]
+    return sum(
+        int((found.any(1).sum(1) * found.any(2).sum(1)).sum()) * use.size * use.num_repeats for use, found in connected
+    )
+
+
+def _cut_macs(layer: Layer, view: Tensor, uses: list[LayerUse], kept: Tensor) -> int:
+    """The MACs of a weight between the slots that are kept."""
+    if not uses:
+        return view.numel() * layer.num_positions
+    return sum(use.macs(kept) for use in uses)
+
+
+def _cut(uses: dict[str, list[LayerUse]], kept: Tensor) -> dict[str, Live]:
+    """The inputs and outputs that are kept, as a layer's first use has them."""
+    first = {name: each[0] for name, each in uses.items() if each and each[0].is_whole}
+    return {name: Live([int(kept[use.ins].sum())], [int(kept[use.outs].sum())]) for name, use in first.items()}
+
+
+def _tied(graph: Mapping[str, Layer], uses: dict[str, list[LayerUse]], units: Units, facts: Facts) -> dict[str, Live]:
+    """The live counts of layers whose channels others write too: those count that any of them writes."""
+    names = [name for name in list(graph)[:-1] if graph[name].target is None and len(uses[name]) == 1]
+    if not names:
+        return {}
+    writers = [use for use in units.layers if not use.is_depthwise]
+    written = torch.zeros(units.num_units, dtype=torch.bool)
+    for use in writers:
+        written[units.of[use.outs[use.connections(facts).any(2).flatten()]]] = True
+    found = {}
+    for name in names:
+        (use,) = uses[name]
+        own, number = use.connections(facts), units.of[use.outs]
+        is_alone = len(number.unique()) == len(number) and not use.is_depthwise and bool((number > 0).all())
+        outputs = written[number] if is_alone else own.any(2).flatten()
+        found[name] = Live([int(own.any(1).sum())], [int(outputs.sum())])
+    return found
+
+
+def _structure(graph: Mapping[str, Layer], live: dict[str, Live]) -> str:
     """Live units between layers: the inputs of a first or flattened linear layer, and every output but the last.
 
     784-300-100 for LeNet-300-100 (inputs-hidden-hidden), 20-50-800-500 for LeNet-5 (filters-filters-inputs-hidden).

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from sparsity.data import Splits
 from sparsity.errors import reason
-from sparsity.graph import FLATTENS, Layer, trace
+from sparsity.graph import FLATTENS, Layer, trace_layers
 from sparsity.population import PARTS, Population, over_members
 from sparsity.tensors import Tensors, nonzero
 
@@ -139,7 +139,7 @@ class Structure:
         alive, layouts = _alive(population), population.layouts
         layers = {
             name: layer
-            for name, layer in trace(population.module, splits.example()).items()
+            for name, layer in trace_layers(population.module, splits.example()).items()
             if layer.exclusive and layouts[name].groups == 1
         }
         vectors = {**population.parameters, **population.buffers}

@@ -116,6 +116,9 @@ def show_report(title: str, report: Report) -> None:
         _column("live in", [_count(row.live_inputs) for row in rows], rank=2),
         _column("live out", [_count(row.live_outputs) for row in rows], rank=3),
         _column("MACs", [_count(row.macs) for row in rows], _count(report.macs["pruned"]), rank=1),
+        _column(
+            "MACs removable", [_count(row.macs_removable) for row in rows], _count(report.macs["removable"]), rank=4
+        ),
     ]
     left_out = len(report.rows) - len(rows)
     caption = f"the largest {len(rows)} tensors; {left_out} more are in layers.csv" if left_out else ""

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparsity.compaction import compact, whole
 from sparsity.data import Splits
 from sparsity.errors import ConfigError
+from sparsity.graph import Units
 from sparsity.population import Population, over_members
 from sparsity.step import Penalty
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, nonzero, to_view
@@ -40,6 +41,7 @@ class Rule:
     structural: bool
     pools: list[tuple[list[str], Tensor]]  # names of parameters that are pruned together, and their sensitivity
     excluded: frozenset[str] = frozenset()  # names that are not pruned, whatever the rule
+    units: Units | None = None  # of the network, where the rule is structural: what goes with a filter
 
     def take(self, members: list[int]) -> "Rule":
         """The rule of some of the members."""

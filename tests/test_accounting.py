@@ -33,10 +33,28 @@ def test_lenet300_is_the_formula(seed):
     b = min(live_out["fc1.weight"], live_in["fc2.weight"])
     c = min(live_out["fc2.weight"], live_in["fc3.weight"])
     report = report_of(module, parameters, (1, 28, 28))
-    assert report.macs == {"dense": 266200, "pruned": a * b + b * c + live_out["fc3.weight"] * c}
+    assert (report.macs["dense"], report.macs["pruned"]) == (266200, a * b + b * c + live_out["fc3.weight"] * c)
+    inputs, first, second = removable_of(parameters)
+    assert report.macs["removable"] == inputs * first + first * second + second * 10
+    assert report.structure_removable == f"{inputs}-{first}-{second}"
     assert report.structure == f"{a}-{b}-{c}" and report.dense_structure == "784-300-100"
     assert report.total == {"weights": 266200, "parameters": 266610}
     assert report.nonzero["parameters"] == sum(int(p.count_nonzero()) for p in parameters.values())
+
+
+def removable_of(parameters):
+    """How many inputs and hidden units LeNet-300-100 cannot do without, found by trying each of them."""
+    weights = [parameters[f"fc{number}.weight"] != 0 for number in (1, 2, 3)]
+    biases = [parameters[f"fc{number}.bias"] != 0 for number in (1, 2)]
+    speaks = [torch.ones(784, dtype=torch.bool)]
+    for weight, bias in zip(weights, biases):
+        speaks.append((weight & speaks[-1]).any(1) | bias)
+    heard = torch.ones(10, dtype=torch.bool)
+    counts = []
+    for weight, given in zip(reversed(weights), reversed(speaks)):
+        heard = weight[heard].any(0) & given
+        counts.insert(0, int(heard.sum()))
+    return counts
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -53,7 +71,11 @@ def test_lenet5_is_the_formula(seed):
     c2 = min(int(keep[50].sum()), int(keep[800].view(50, 16).any(1).sum()))
     f = min(int(keep[800].sum()), 16 * int(keep[50].sum()))
     report = report_of(module, parameters, (1, 28, 28))
-    assert report.macs == {"dense": 2293000, "pruned": 14400 * c1 + 1600 * c1 * c2 + f * h + 10 * h}
+    assert report.macs["dense"] == 2293000 and report.macs["pruned"] == 14400 * c1 + 1600 * c1 * c2 + f * h + 10 * h
+    # every filter has a bias, so that only unread ones go, and with them all of their positions
+    read = int((keep[800].view(50, 16).any(1)).sum())
+    assert report.structure_removable == f"20-{read}-{16 * read}-{h}"
+    assert report.macs["removable"] == 14400 * 20 + 1600 * 20 * read + 16 * read * h + 10 * h
     assert report.structure == f"{c1}-{c2}-{f}-{h}" and report.dense_structure == "20-50-800-500"
 
 
@@ -70,7 +92,7 @@ def test_branches_count_for_themselves_and_groups_divide():
     report = account(parameters, layouts(module), graph)
     positions = 16  # 9×9, kernel 3, stride 2
     expected = positions * (8 * 9 + 8 * 8 * 9 // 2 + 8 * 9) + 80
-    assert report.macs == {"dense": expected, "pruned": expected}
+    assert report.macs == {"dense": expected, "pruned": expected, "removable": expected}
     assert report.total == {"weights": 72 + 288 + 72 + 80, "parameters": 72 + 288 + 72 + 80 + 8 + 8 + 8 + 10 + 16}
 
 

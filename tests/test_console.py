@@ -178,12 +178,13 @@ def test_lines_stay_whole_where_there_is_no_terminal(capsys, monkeypatch):
 
 def report(names):
     rows = [
-        Row(name, "weight", [10 + place, 10], 0.1, 0.01, 5, 100 + 10 * place, 0.05, 3, 2, 6)
+        Row(name, "weight", [10 + place, 10], 0.1, 0.01, 5, 100 + 10 * place, 0.05, 3, 2, 6, 8)
         for place, name in enumerate(names)
     ]
     counts = {"weights": 5 * len(rows), "parameters": 5 * len(rows)}
     total = {"weights": sum(row.total for row in rows), "parameters": sum(row.total for row in rows)}
-    return Report(rows, counts, total, {"weights": 2.0, "parameters": 2.0}, {"dense": 100, "pruned": 6}, "3", "10")
+    macs = {"dense": 100, "pruned": 6, "removable": 8}
+    return Report(rows, counts, total, {"weights": 2.0, "parameters": 2.0}, macs, "3", "10")
 
 
 def test_names_of_layers_are_shown_as_they_are(capsys, monkeypatch):

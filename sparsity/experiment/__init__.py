@@ -32,6 +32,7 @@ from sparsity.experiment.parts import (
 )
 from sparsity.experiment.precision import precision_of
 from sparsity.experiment.record import Job, Record
+from sparsity.graph import trace
 from sparsity.store import Store
 
 log = logging.getLogger("sparsity")
@@ -244,10 +245,11 @@ def _record(
     """The members before their first stage, everything about them checked."""
     runs = [job.run for job in jobs]
     population, warnings = first_population(runs, splits, device)
-    parts = ingredients(runs, splits, population, device)
+    graph = trace(population.module, splits.example())
+    parts = ingredients(runs, splits, population, device, graph.units)
     check_methods(runs[0], population, parts)
     check_trains(parts, population)
-    record = Record(jobs, keys, parts, population, device, kept, choose)
+    record = Record(jobs, keys, parts, population, device, kept, choose, graph)
     record.warn_all(warnings)
     return record
 

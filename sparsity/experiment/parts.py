@@ -20,7 +20,7 @@ from sparsity.config import Run
 from sparsity.data import Files, Images, Splits, count_batches, split
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
 from sparsity.experiment.precision import PRECISIONS, precision_of
-from sparsity.graph import Layer
+from sparsity.graph import Layer, Units
 from sparsity.memory import free_bytes
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
@@ -251,7 +251,9 @@ def _build(run: Run, splits: Splits, name: str) -> torch.nn.Module:
         ) from error
 
 
-def ingredients(runs: Sequence[Run], splits: Splits, population: Population, device: torch.device) -> Ingredients:
+def ingredients(
+    runs: Sequence[Run], splits: Splits, population: Population, device: torch.device, units: Units | None
+) -> Ingredients:
     """What the stages of the runs' population are made of."""
     first = runs[0]
     loops = {stage: _loop(first, stage, population, splits) for stage in first.stages if stage != "prune"}
@@ -259,7 +261,7 @@ def ingredients(runs: Sequence[Run], splits: Splits, population: Population, dev
         splits=splits,
         loops=loops,
         penalty=_penalty(runs, population.layouts, device),
-        rule=_rule(runs, population.layouts, device),
+        rule=_rule(runs, population.layouts, device, units),
         seeds=[run.seed for run in runs],
         watcher=lambda stage: _watch(loops[stage], stage, len(splits.train)),
     )
@@ -348,7 +350,7 @@ def _method(calls: Sequence[schema.Call], device: torch.device) -> stages.Method
     return stages.Method(partial(calls[0].function, **shared), floats)
 
 
-def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> stages.Rule:
+def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device, units: Units | None) -> stages.Rule:
     """The pruning rule of all members, its parameters in pools of one sensitivity a member."""
     rule = runs[0].prune
     _check_layers(rule, layouts)
@@ -368,6 +370,7 @@ def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device)
         structural=rule.structural,
         pools=pools,
         excluded=frozenset(name for name in layouts if any(_is_in(name, layer) for layer in rule.exclude)),
+        units=units if rule.structural else None,
     )
 
 

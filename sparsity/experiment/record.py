@@ -22,7 +22,7 @@ from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of
 from sparsity.experiment.precision import precision_of
 from sparsity.experiment.stored import check, circumstances, epoch_of, population_of, run_stage, tensors_of
-from sparsity.graph import Layer, trace
+from sparsity.graph import Graph, Layer
 from sparsity.population import Population, join
 from sparsity.results import plots
 from sparsity.stages import Ingredients
@@ -106,6 +106,7 @@ class Record:
         device: torch.device,
         store: Store | None,
         choose: Callable[[Ingredients, Population, dict[str, Layer]], int],
+        graph: Graph,
     ):
         """choose: how many members are trained as one."""
         self.parts, self.population, self.device, self.store = parts, population, device, store
@@ -113,7 +114,7 @@ class Record:
         self.at_a_time: int | None = None  # chosen where something is to be trained
         self.splits = parts.splits
         self.run = jobs[0].run
-        self.graph: dict[str, Layer] = trace(population.module, parts.splits.example())
+        self.graph = graph
         self.start = time.perf_counter()
         self.members = [
             Member(job, key, population.member(index), warnings=[*job.notes])
@@ -134,6 +135,10 @@ class Record:
         unseen = [name for name in weights if name not in self.graph]
         if unseen:
             self._warn_all(f"MACs leave out {', '.join(unseen)}: no linear layer or convolution uses them directly")
+        units = self.graph.units
+        if units is None or units.unknown:
+            them = "the network's functions do" if units is None else f"{', '.join(units.unknown)} does"
+            self.warn_all(f"what {them} with channels is not known: what they are given is kept whole, and counted so")
         if self.splits.validation is None and "finetune" in self.run.stages:
             self._warn_all("data.validation=0: nothing is selected; the network will be that of the last epoch")
 
@@ -262,7 +267,8 @@ class Record:
 
     def _report(self, member: Member) -> Report:
         parameters = {name: parameter[0].detach() for name, parameter in member.population.parameters.items()}
-        return account(parameters, member.population.layouts, self.graph, **member.seen)
+        buffers = {name: buffer[0].detach() for name, buffer in member.population.buffers.items()}
+        return account(parameters, member.population.layouts, self.graph, buffers=buffers, **member.seen)
 
     def _description(self, run: Run, stage: str) -> dict[str, Any]:
         """What a weights file says of its network."""

@@ -25,7 +25,7 @@ FORMAT = 1
 FAILURE = "failure.json"
 PACKAGES = ("torch", "torchvision", "hydra-core", "optuna", "numpy")
 LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "threshold", "live_inputs")
-LAYER_FIELDS += ("live_outputs", "macs")
+LAYER_FIELDS += ("live_outputs", "macs", "macs_removable")
 
 Histories = dict[str, "list[Epoch]"]  # by stage
 
@@ -68,6 +68,7 @@ def describe_report(report: "Report") -> dict[str, Any]:
         "compression": report.compression,
         "macs": report.macs,
         "structure": report.structure,
+        "structure_removable": report.structure_removable,
         "dense_structure": report.dense_structure,
         "layers": describe_layers(report.rows),
     }
@@ -201,7 +202,7 @@ def objectives(result: Mapping[str, Any], names: Iterable[str]) -> tuple[float, 
     values = {
         "accuracy": result["accuracy"]["final"]["validation"],
         "compression": result["compression"]["weights"],
-        "macs": result["macs"]["pruned"],
+        "macs": macs_removable(result["macs"]),
         "nonzero": result["nonzero"]["weights"],
     }
     return tuple(float("nan") if values[name] is None else float(values[name]) for name in names)
@@ -248,6 +249,11 @@ def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
         macs_left(result["macs"]),
         f"files in {near(folder)}",
     ]
+
+
+def macs_removable(macs: Mapping[str, int]) -> int:
+    """The MACs that are left once dead units are removed; of results that lack them, those that papers count."""
+    return macs.get("removable", macs["pruned"])
 
 
 def macs_left(macs: Mapping[str, int]) -> str:

@@ -20,7 +20,7 @@ log = logging.getLogger("sparsity")
 
 RESULT, SWEEP = "result.json", "sweep.json"
 HYDRA = ".hydra"  # the folder that Hydra leaves in every job's folder
-SIZES = {"compression": "compression.weights", "macs": "macs.pruned", "nonzero": "nonzero.weights"}
+SIZES = {"compression": "compression.weights", "macs": "macs.removable", "nonzero": "nonzero.weights"}
 WITHOUT_EFFECT = ("plots", "step", "threads")  # settings that change no result
 
 
@@ -61,6 +61,8 @@ class Member:
     def number(self, key: str) -> float | None:
         """A number of the result under its dotted key; None where it was not measured."""
         found = dig(self.result, key)
+        if found is None and key == SIZES["macs"]:  # results of the first versions lack it
+            found = dig(self.result, "macs.pruned")
         return None if found is None else float(found)
 
     @property

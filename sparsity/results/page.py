@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.files import write_text
+from sparsity.results import macs_left
 from sparsity.results.pareto import (
     LABELS,
     LOG_SPAN,
@@ -130,7 +131,8 @@ def _hover(detail: dict[str, Any]) -> str:
     """A point in a few lines."""
     accuracy, count = detail["accuracy"], len(detail["seeds"])
     figures = [f"test {_percent(accuracy['test'])}", f"validation {_percent(accuracy['validation'])}"]
-    size = f"compression {detail['compression']['weights'] or math.inf:.1f}×, MACs {detail['macs']['pruned']:,.0f}"
+    macs = {name: round(number) for name, number in detail["macs"].items()}
+    size = f"compression {detail['compression']['weights'] or math.inf:.1f}×, {macs_left(macs)}"
     folder = detail["best_folder"] + (f" (best of {count} seeds)" if count > 1 else "")
     lines = [" ".join(detail["overrides"]), ", ".join(figures), size, folder]
     return "<br>".join(html.escape(line) for line in lines)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 LABELS = {
     "compression": "compression of the weights (×), more is better →",
-    "macs": "MACs of one image, ← fewer is better",
+    "macs": "MACs of one image once dead units are removed, ← fewer is better",
     "nonzero": "non-zero weights, ← fewer is better",
 }
 PUBLISHED = Path(__file__).with_name("published.csv")

@@ -172,7 +172,7 @@ def dominated_volume(front: Sequence[Point], names: Sequence[str], accuracy: str
 def _reduction(point: Point, size: str) -> float:
     """log10 of how many times smaller a network is than the dense one."""
     key = "macs.dense" if size == "macs" else "total.weights"
-    left = point.mean("macs.pruned" if size == "macs" else "nonzero.weights")
+    left = point.mean("macs.removable" if size == "macs" else "nonzero.weights")
     return math.log10(max(point.mean(key), 1.0) / max(left, 1.0))
 
 

@@ -43,7 +43,7 @@ class Layer:
     reads_images: bool = False  # nothing else reads the images, and it reads nothing else
 
 
-def trace(module: nn.Module, images: Tensor) -> dict[str, Layer]:
+def trace_layers(module: nn.Module, images: Tensor) -> dict[str, Layer]:
     """The layers of a module by their weight's name, in the order of one pass over images [batch, *shape].
 
     A weight that is used twice is listed once, without source and target.
