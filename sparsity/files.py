@@ -144,6 +144,14 @@ def claimed(path: Path, waits: Callable[[], None], is_done: Callable[[], bool]) 
         lock.release()
 
 
+def cache_folder() -> Path:
+    """The user's folder of what was measured or looked at once, and is kept for other runs."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsity"
+    except RuntimeError:  # there is no home
+        return Path(tempfile.gettempdir()) / "sparsity"
+
+
 # --- what lies where a file should ------------------------------------------------------------------------------------
 
 

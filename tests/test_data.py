@@ -1,15 +1,20 @@
-"""Data sets: loaders, the validation split, streaming, and what is wrong with a file or a folder."""
+"""Data sets: standard ones, those of the user's own, the validation split, and what is kept between runs."""
 
+import json
+import os
 import struct
+from types import SimpleNamespace
 
 import pytest
+import safetensors
 import torch
 from PIL import Image
 
 from sparsity import data
-from sparsity.config import Normalization
-from sparsity.data.picture import reader
+from sparsity.config import Call, Normalization
+from sparsity.config.schema import Data
 from sparsity.errors import ConfigError, DataError
+from sparsity.experiment import load_data
 
 
 def write_mnist(root, num=30, test=12):
@@ -25,20 +30,8 @@ def write_mnist(root, num=30, test=12):
     return raw
 
 
-def write_images(folder, classes=("cat", "dog"), num=6, size=(9, 7)):
-    for number, name in enumerate(classes):
-        (folder / name).mkdir(parents=True)
-        for index in range(num):
-            colour = (40 * index, 100 * number, 7)
-            Image.new("RGB", size, colour).save(folder / name / f"{index}.png")
-
-
 def split(source, validation=0.0, seed=0, normalize=None):
     return data.split(source, validation=validation, seed=seed, normalize=normalize)
-
-
-def folder(root, stream=False, size=(5, 4), channels=3, test=0.25):
-    return data.image_folder(root=str(root), size=list(size), channels=channels, test=test, stream=stream)
 
 
 def test_digits():
@@ -102,60 +95,6 @@ def test_pixels_are_scaled_and_normalised():
         split(source, normalize=Normalization([0.5, 0.5], [1.0]))
 
 
-def test_image_folder_splits_test_off(tmp_path):
-    write_images(tmp_path)
-    splits = split(folder(tmp_path), validation=2)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (7, 2, 3)
-    assert splits.input_shape == (3, 5, 4)
-    assert split(folder(tmp_path, channels=1)).input_shape == (1, 5, 4)
-
-
-def test_image_folder_with_its_own_sets(tmp_path):
-    for name, num in (("train", 5), ("val", 2), ("test", 3)):
-        write_images(tmp_path / name, num=num)
-    splits = split(folder(tmp_path), validation=0.1)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (10, 4, 6)
-    everything = split(folder(tmp_path), validation=0)
-    assert everything.validation is None and len(everything.train) == 14
-
-
-def test_streaming_gives_the_same_batches(tmp_path):
-    write_images(tmp_path, num=9)
-    held, streamed = (split(folder(tmp_path, stream=stream), validation=3) for stream in (False, True))
-    assert isinstance(held.train, data.Images) and isinstance(streamed.train, data.Files)
-    order = torch.stack([torch.randperm(len(held.train)) for _ in range(2)])
-    batches = list(zip(held.train.batches(order, 4), streamed.train.batches(order, 4), strict=True))
-    for one, other in batches:
-        assert torch.equal(one.images, other.images) and torch.equal(one.labels, other.labels)
-    assert one.images.shape[:2] == (2, len(held.train) % 4 or 4)
-
-
-@pytest.mark.parametrize(
-    ("classes", "num", "message"),
-    [
-        ((), 0, "holds no class folders"),
-        (("cat",), 3, r"holds one class \('cat'\)"),
-        (("cat", "dog"), 0, "at least one"),
-    ],
-)
-def test_empty_and_one_class_folders(tmp_path, classes, num, message):
-    write_images(tmp_path, classes, num)
-    with pytest.raises(DataError, match=message):
-        folder(tmp_path)
-
-
-def test_an_unreadable_image_is_named(tmp_path):
-    write_images(tmp_path)
-    (tmp_path / "cat" / "0.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"cat/0.png is no image that can be read: mend or remove it"):
-        folder(tmp_path)
-
-
-def test_no_such_folder(tmp_path):
-    with pytest.raises(DataError, match="is no folder: give a folder that holds"):
-        folder(tmp_path / "nothing")
-
-
 def test_a_loader_of_the_users_own():
     images, labels = torch.rand(10, 3), torch.arange(10) % 2
     splits = split(((images, labels), (images, labels), 2), validation=0.2)
@@ -183,27 +122,88 @@ def test_mnist_fits_in_60_megabytes(mnist_root):
     assert sum(part.num_bytes for part in (splits.train, splits.validation, splits.test)) < 60e6
 
 
-def test_sets_without_train_and_classes_that_train_lacks(tmp_path):
-    write_images(tmp_path / "one" / "Test")
-    with pytest.raises(DataError, match="holds Test but no train"):
-        folder(tmp_path / "one")
-    write_images(tmp_path / "two" / "train")
-    write_images(tmp_path / "two" / "test", classes=("cat", "dog", "emu"))
-    with pytest.raises(DataError, match="test has classes that train lacks: emu"):
-        folder(tmp_path / "two")
+def test_names_of_classes(tmp_path):
+    write_mnist(tmp_path)
+    assert split(data.digits()).classes == [str(digit) for digit in range(10)]
+    assert data.mnist(root=str(tmp_path)).classes[3] == "3 - three"
+    images, labels = torch.rand(10, 3), torch.arange(10) % 2
+    sets = ((images, labels), (images, labels), 2)
+    assert split((*sets, None, ("cat", "dog"))).classes == ["cat", "dog"] and split(sets).classes is None
+    for bad in (["cat"], ["cat", "cat"], ["a", "b", "c"]):
+        with pytest.raises(DataError, match="must name each of its 2 classes"):
+            split((*sets, None, bad))
 
 
-def test_grey_of_16_bits(tmp_path):
-    write_images(tmp_path)
-    import numpy
+def test_files_of_mnist_that_do_not_belong_together(tmp_path, monkeypatch):
+    raw = write_mnist(tmp_path)
+    monkeypatch.setattr("sparsity.data.standard.SWAPPED", [30, 12])
+    with pytest.raises(DataError, match=r"damaged or incomplete \(training and test files are swapped\)"):
+        data.mnist(root=str(tmp_path))
+    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
+    with pytest.raises(DataError, match=r"damaged or incomplete \(30 training images and 12 labels\): replace them"):
+        data.mnist(root=str(tmp_path))
 
-    Image.fromarray(numpy.full((7, 9), 20000, dtype=numpy.uint16)).save(tmp_path / "cat" / "0.png")
-    read = reader([7, 9], 1)
-    assert read(str(tmp_path / "cat" / "0.png")).unique().tolist() == [78]
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_mnist(tmp_path / "sets")
+    assert len(data.mnist(root="~/sets").train) == 30
 
 
-def test_what_would_fill_the_memory_is_streamed(tmp_path, monkeypatch):
-    write_images(tmp_path)
-    assert isinstance(folder(tmp_path, stream=None).train, data.Images)
-    monkeypatch.setattr("sparsity.data.folder.free_bytes", lambda: 100)
-    assert isinstance(folder(tmp_path, stream=None).train, data.Files)
+def data_of(target, **numbers):
+    """A run that asks for data alone."""
+    loader = Call("data.loader", target, getattr(data, target.rpartition(".")[2]), numbers)
+    return SimpleNamespace(data=Data(loader, 0.2, 0, None), name={})
+
+
+def test_data_is_kept_for_as_long_as_it_lies_on_disk_as_it_did(tmp_path):
+    run = data_of("sparsity.data.mnist", root=str(tmp_path))
+    raw = write_mnist(tmp_path)
+    first, fingerprint = load_data(run)
+    assert load_data(run)[0] is first
+    file = raw / "train-images-idx3-ubyte"
+    times, content = file.stat(), bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # of the same size and time
+    second, other = load_data(run)
+    assert other != fingerprint and load_data(run)[0] is second
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_folder_of_images_that_changed_is_read_again(tmp_path, stream):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number in range(8):
+            Image.new("L", (4, 4), 9 * number).save(tmp_path / name / f"{number}.png")
+    run = data_of("sparsity.data.image_folder", root=str(tmp_path), size=[4, 4], channels=1, test=0.25, stream=stream)
+    first, fingerprint = load_data(run)
+    assert load_data(run)[0] is first
+    Image.new("L", (4, 4), 9).save(tmp_path / "a" / "8.png")
+    grown, _ = load_data(run)
+    assert sum(len(part) for part in (grown.train, grown.validation, grown.test)) == 17
+    (tmp_path / "a" / "8.png").unlink()
+    again, same = load_data(run)
+    assert again is not grown and same == fingerprint  # by what the files hold, not by their times
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert load_data(run)[0].classes == ["a", "c"]
+
+
+def test_what_a_run_says_of_its_images(tmp_path, run):
+    for name, num in (("train", 6), ("test", 2), ("val", 2)):
+        for label, shade in (("cat", 40), ("dog", 200), ("emu", 90))[: 2 if name == "val" else 3]:
+            (tmp_path / "images" / name / label).mkdir(parents=True)
+            for number in range(num):
+                Image.new("L", (4, 4), shade).save(tmp_path / "images" / name / label / f"{number}.png")
+    images = ["data=image_folder", f"data.root={tmp_path}/images", "data.loader.size=[4,4]", "data.loader.channels=1"]
+    own = ["data.validation=0.5", "data.loader.test=0.1", "data.loader.background=black", "stages=[pretrain]"]
+    result = run(*images, *own, "model=mlp", "plots=false")
+    assert result["classes"] == ["cat", "dog", "emu"]
+    with safetensors.safe_open(f"{result['folder']}/model.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["sparsity"])["classes"] == ["cat", "dog", "emu"]
+    assert result["warnings"] == [
+        "validation has no image of class emu",
+        "data.validation does nothing: the data brings its own validation set",
+        "data.loader.test does nothing: data.root has test/",
+        "data.loader.background does nothing: no image is transparent",
+    ]

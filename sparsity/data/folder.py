@@ -1,86 +1,128 @@
 """The loader of a folder of images."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 
-from sparsity.data.picture import reader
-from sparsity.data.sets import Files, Images
-from sparsity.data.splits import Source
+from sparsity.data import disk, survey
+from sparsity.data.picture import Range, Reader, shown
+from sparsity.data.sets import Files
+from sparsity.data.splits import Source, hold_out
 from sparsity.errors import ConfigError, DataError
 from sparsity.kinds import PositiveCount
 from sparsity.memory import free_bytes
 
 Size = Annotated[list[PositiveCount], "height, width"]
-FOLDERS = ("train", "test", "val", "valid", "validation")  # of an image folder with sets of its own
 
 
 def image_folder(
-    *, root: str, size: Size, channels: PositiveCount, test: Annotated[float, "share"], stream: bool | None
+    *,
+    root: str,
+    size: Size,
+    channels: PositiveCount,
+    test: Annotated[float, "share"],
+    stream: bool | None,
+    background: str = "white",
+    range: list[float] | None = None,
+    sets: bool | None = None,
 ) -> Source:
     """A folder of class folders; with train/, test/ and val/ inside, those are the sets, else test is split off.
 
     size: [height, width] that images are brought to; channels: 1 or 3; test: the share that is split off for testing
-    where there is no test folder; stream: read images when needed (null: when they would fill half the memory).
+    where there is no test folder; stream: read images when needed (null: when they would fill half the memory);
+    background: the colour seen through transparent pixels; range: the values that are black and white in images of
+    more than 8 bits (null: by the values of all); sets: whether the folders inside are sets (null: by their names).
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
+    reader, given = _checked_reader(size, channels, background), _checked_range(range)
+    base = Path(os.path.expanduser(root)).absolute()
+    if not base.is_dir():
+        raise DataError(f"data.root={root} is no folder: give a folder that holds one folder of images for each class")
+    folders = disk.sets_of(base, root, sets)
+    classes = _classes(folders["train"], base, root)
+    found = {name: disk.images_in(folder, sets=sets) for name, folder in folders.items()}
+    _check_classes(found, folders, classes, root)
+    parts = {name: _files(each, classes, reader) for name, each in found.items()}
+    if "test" not in parts:
+        parts["train"], parts["test"] = _split_off(parts["train"], test, root)
+    stream = stream if stream is not None else _too_large(list(parts.values()))
+    taken, seen, ranges = (survey.streamed if stream else survey.held)(list(parts.values()), root, given)
+    parts = dict(zip(parts, taken))
+    return Source(
+        train=parts["train"],
+        test=parts["test"],
+        num_classes=len(classes),
+        validation=parts.get("validation"),
+        classes=list(classes),
+        notes=[*_notes(base, folders, found), *_range_notes(seen, ranges, given)],
+        idle=_idle(folders, seen, ranges),
+        places=[str(base)],
+    )
 
+
+def _checked_reader(size: list[int], channels: int, background: str) -> Reader:
     if channels not in (1, 3):
         raise ConfigError(f"data.loader.channels must be 1 (grey) or 3 (colour), got {channels}")
     if len(size) != 2:
         raise ConfigError(f"data.loader.size must be [height, width], got {size}")
-    base = Path(root)
-    if not base.is_dir():
-        raise DataError(f"data.root={root} is no folder: give a folder that holds one folder of images for each class")
-    train_folder = base / "train" if (base / "train").is_dir() else base
-    sets = [folder.name for folder in base.iterdir() if folder.is_dir() and folder.name.lower() in FOLDERS]
-    if train_folder == base and sets:
+    return Reader(tuple(size), channels, background)
+
+
+def _checked_range(given: list[float] | None) -> Range | None:
+    if given is not None and (len(given) != 2 or not given[0] < given[1]):
+        raise ConfigError(f"data.loader.range must be [black, white], the lower value first, got {given}")
+    return given and (float(given[0]), float(given[1]))
+
+
+def _classes(folder: Path, base: Path, root: str) -> dict[str, int]:
+    """The classes by the index of their output, in the order of their names."""
+    broken = [name for name in sorted(os.listdir(folder)) if not disk.is_hidden(name) and not (folder / name).exists()]
+    if broken:
+        raise DataError(f"data.root: {shown(folder / broken[0])} is a link to nothing: mend or remove it")
+    classes = list(disk.classes_of(folder))
+    if not classes:
+        ambiguous = folder != base and len(disk.folders_in(base)) > 1
+        remedy = f", or say data.loader.sets=false where {shown(folder.name)} is a class" if ambiguous else ""
         raise DataError(
-            f"data.root={root} holds {', '.join(sorted(sets))} but no train: name its folders train, test, val"
+            f"data.root: {shown(folder)} holds no class folders: make one folder of images per class{remedy}"
         )
-    classes = _class_names(train_folder, find_classes)
-    index = {name: number for number, name in enumerate(classes)}
-    read = reader(size, channels)
-    shape = (channels, *size)
-
-    def load(folder: Path) -> Files:
-        strange = [name for name in _class_names(folder, find_classes) if name not in index]
-        if strange:
-            raise DataError(f"data.root={root}: {folder.name} has classes that train lacks: {', '.join(strange[:5])}")
-        try:
-            samples = make_dataset(str(folder), index, extensions=IMG_EXTENSIONS)
-        except FileNotFoundError as error:
-            reason = str(error).splitlines()[0]
-            raise DataError(f"data.root={root}: {reason} Put at least one image into each class folder") from error
-        return Files([path for path, _ in samples], torch.tensor([label for _, label in samples]), shape, read)
-
-    train = load(train_folder)
-    held_out = next((base / name for name in FOLDERS[2:] if (base / name).is_dir()), None)
-    validation = load(held_out) if held_out and train_folder != base else None
-    train, rest = (train, load(base / "test")) if _has_test(base, train_folder) else _split_off(train, test, root)
-    sets = [train, rest, validation]
-    stream = stream if stream is not None else _too_large(sets)
-    if not stream:
-        sets = [part and _read_all(part) for part in sets]
-    return Source(sets[0], sets[1], len(classes), sets[2])
-
-
-def _class_names(folder: Path, find_classes: Callable[[str], Any]) -> list[str]:
-    try:
-        classes, _ = find_classes(str(folder))
-    except FileNotFoundError as error:
-        raise DataError(f"data.root: {folder} holds no class folders: make one folder of images per class") from error
     if len(classes) < 2:
-        raise DataError(f"data.root: {folder} holds one class ('{classes[0]}'): a classifier needs at least 2")
-    return classes
+        inside = disk.folders_in(folder / classes[0]) if (folder / classes[0]).is_dir() else []
+        hint = f"; is it data.root={shown(Path(root) / classes[0])}?" if len(inside) > 1 else ""
+        raise DataError(
+            f"data.root: {shown(folder)} holds one class ('{shown(classes[0])}'): a classifier needs at least 2{hint}"
+        )
+    return {name: index for index, name in enumerate(classes)}
 
 
-def _has_test(base: Path, train_folder: Path) -> bool:
-    return train_folder != base and (base / "test").is_dir()
+def _check_classes(
+    found: Mapping[str, disk.Found], folders: Mapping[str, Path], classes: Mapping[str, int], root: str
+) -> None:
+    """Refuses classes of train without an image, and images of classes that train lacks."""
+    for name, held in found["train"].empty.items():
+        others = len(found["train"].empty) - 1
+        more = f" and {others} more" if others else ""
+        raise DataError(
+            f"data.root={root}: the class folder {shown(name)}{more} of {shown(folders['train'].name)} holds no image"
+            f"{f' ({held})' if held else ''}: put at least one into each class folder, or remove it"
+        )
+    for name, folder in folders.items():
+        strange = [shown(each) for each in dict.fromkeys(found[name].classes) if each not in classes]
+        if strange:
+            like = [each for each in classes if each.casefold() == strange[0].casefold()]
+            hint = f" (train has {shown(like[0])})" if like else ""
+            raise DataError(
+                f"data.root={root}: {shown(folder.name)} has classes that train lacks: {', '.join(strange[:5])}{hint}"
+            )
+        if not found[name].paths:
+            raise DataError(f"data.root={root}: {shown(folder.name)} holds no image: fill it, or remove it")
+
+
+def _files(found: disk.Found, classes: Mapping[str, int], reader: Reader) -> Files:
+    labels = torch.tensor([classes[name] for name in found.classes])
+    return Files(found.paths, labels, (reader.channels, *reader.size), reader)
 
 
 def _split_off(files: Files, share: float, root: str) -> tuple[Files, Files]:
@@ -91,17 +133,54 @@ def _split_off(files: Files, share: float, root: str) -> tuple[Files, Files]:
             f"data.loader.test={share:g} leaves {len(files) - size} images to train and {size} to test on: give a "
             f"share that leaves both, or make {root} hold train/ and test/"
         )
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
-    return files.take(order[size:]), files.take(order[:size])
+    kept, held = hold_out(files.labels, size, seed=0)
+    return files.take(kept), files.take(held)
 
 
-def _too_large(sets: list[Files | None]) -> bool:
+def _too_large(sets: Sequence[Files]) -> bool:
     """Whether the images would take more than half of the memory that is free."""
-    num_bytes = sum(len(part) * int(torch.Size(part.shape).numel()) for part in sets if part)
+    num_bytes = sum(len(part) * int(torch.Size(part.shape).numel()) for part in sets)
     return num_bytes > free_bytes() / 2
 
 
-def _read_all(files: Files) -> Images:
-    """Every image of a set of files, in order."""
-    with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as readers:
-        return Images(torch.stack(list(readers.map(files.read, files.paths))), files.labels)
+# --- what there is to say --------------------------------------------------------------------------------------------
+
+
+def _notes(base: Path, folders: Mapping[str, Path], found: Mapping[str, disk.Found]) -> list[str]:
+    """What of the folder is left out, and sets that are one folder."""
+    lines = []
+    beside = [each.name for each in disk.folders_in(base) if each not in folders.values()]
+    if beside and folders["train"] != base:
+        lines.append(f"data.root: {', '.join(map(shown, beside[:5]))} beside the sets is left out")
+    for name, folder in folders.items():
+        if disk.has_images(folder):
+            lines.append(f"data.root: images that lie in {shown(folder)} beside the class folders are left out")
+        if found[name].left_out:
+            listed = ", ".join(f"{number} {ending}" for ending, number in found[name].left_out.most_common(5))
+            lines.append(f"data.root: {shown(folder)} holds files that are not read as images: {listed}")
+        for other, place in folders.items():
+            if other < name and place.samefile(folder):
+                lines.append(f"data.root: {shown(folder.name)} and {shown(place.name)} are the same folder")
+    return lines
+
+
+def _range_notes(seen: survey.Survey, ranges: Mapping[str, Range], given: Range | None) -> list[str]:
+    """What was taken for black and white, unless it is said or all of 16 bits."""
+    return [
+        f"images of mode {mode} hold values from {seen.extents[mode][0]:g} to {seen.extents[mode][1]:g}, and "
+        f"data.loader.range=[{low:g},{high:g}] is taken for black and white"
+        for mode, (low, high) in ranges.items()
+        if given is None and (mode, low, high) != ("I;16", 0, 65535)
+    ]
+
+
+def _idle(folders: Mapping[str, Path], seen: survey.Survey, ranges: Mapping[str, Range]) -> dict[str, str]:
+    """Settings that this folder makes no use of, and why."""
+    idle = {}
+    if "test" in folders:
+        idle["data.loader.test"] = f"data.root has {shown(folders['test'].name)}/"
+    if not ranges and all(mode.endswith(";16") for mode in seen.extents):
+        idle["data.loader.range"] = "no image has more than 8 bits"
+    if not seen.transparent:
+        idle["data.loader.background"] = "no image is transparent"
+    return idle

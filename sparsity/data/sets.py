@@ -65,6 +65,7 @@ class Files:
     shape: tuple[int, ...]
     read: Callable[[str], Tensor]  # a path to an image of `shape`, uint8
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    digests: Tensor | None = None  # of the files' content [n, bytes], uint8
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,7 +81,14 @@ class Files:
 
     def take(self, index: Tensor) -> "Files":
         """The files and labels of an index [k]."""
-        return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index])
+        digests = None if self.digests is None else self.digests[index]
+        return replace(self, paths=[self.paths[i] for i in index.tolist()], labels=self.labels[index], digests=digests)
+
+    def join(self, other: "Files") -> "Files":
+        """Both sets as one."""
+        digests = None if self.digests is None or other.digests is None else torch.cat([self.digests, other.digests])
+        labels = torch.cat([self.labels, other.labels])
+        return replace(self, paths=self.paths + other.paths, labels=labels, digests=digests)
 
     def keep(self, pixels: Tensor) -> "Files":
         """The set with some pixels of each flattened image alone."""
@@ -90,7 +98,7 @@ class Files:
     def batches(self, order: Tensor, batch_size: int) -> Iterator[Images]:
         """Batches of [members, batch] images in the members' orders [members, n]; the next is read meanwhile."""
         order = order.cpu()
-        with ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1)) as readers:
+        with ThreadPoolExecutor(max_workers=num_readers()) as readers:
             ahead = None
             for index in cut(order, batch_size):
                 reading = [readers.submit(self.read, self.paths[i]) for i in index.flatten().tolist()]
@@ -104,6 +112,12 @@ class Files:
         images = torch.stack([future.result() for future in reading])
         images = images.reshape(*index.shape, *self.shape).to(self.device, non_blocking=True)
         return Images(images, self.labels[index.to(self.labels.device)])
+
+
+def num_readers() -> int:
+    """How many threads read images: as many as there are cores for this process, and one that waits for the disk."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(2, cores)
 
 
 def cut(order: Tensor, batch_size: int) -> list[Tensor]:

@@ -1,12 +1,14 @@
 """The three sets of a run: what a loader returned, checked, and the validation split."""
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sparsity.data.picture import shown
 from sparsity.data.sets import Files, Images
 from sparsity.errors import ConfigError, DataError
 
@@ -18,6 +20,18 @@ class Source(NamedTuple):
     test: Any
     num_classes: int
     validation: Any = None
+    classes: Sequence[str] | None = None  # their names, in the order of the outputs
+    notes: Sequence[str] = ()  # what there is to say of the data
+    idle: Mapping[str, str] = {}  # settings that this data makes no use of, and why
+    places: Sequence[str] = ()  # the files and folders that it was read from
+
+
+def as_source(given: Any) -> Source:
+    """What a loader returned, by names."""
+    try:
+        return Source(*given)
+    except TypeError as error:
+        raise DataError("a loader must return (train, test, num_classes), or (…, validation, classes) too") from error
 
 
 @dataclass(frozen=True)
@@ -30,6 +44,9 @@ class Splits:
     num_classes: int
     mean: list[float] | None = None  # per channel, of pixels in [0, 1]
     std: list[float] | None = None
+    classes: list[str] | None = None  # their names, in the order of the outputs
+    notes: Sequence[str] = ()  # what there is to say of the data
+    idle: Mapping[str, str] = field(default_factory=dict)  # settings that this data makes no use of, and why
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -55,7 +72,8 @@ class Splits:
             return [given[pixel // size] for pixel in pixels.tolist()]
 
         train, validation, test = (part and part.keep(pixels) for part in (self.train, self.validation, self.test))
-        return Splits(train, validation, test, self.num_classes, numbers(self.mean), numbers(self.std))
+        mean, std = numbers(self.mean), numbers(self.std)
+        return replace(self, train=train, validation=validation, test=test, mean=mean, std=std)
 
     def scale(self, images: Tensor) -> Tensor:
         """Images [..., channels, *positions] as the network takes them: uint8 to [0, 1], then (x − mean) / std."""
@@ -80,12 +98,11 @@ def split(source: Any, *, validation: float, seed: int, normalize: dict[str, lis
     validation: a share of train below 1, or a number of images; 0 trains on everything. A source that brings its own
     validation set keeps it unless validation is 0.
     """
-    try:
-        source = Source(*source)
-    except TypeError as error:
-        raise DataError("a loader must return (train, test, num_classes), or (…, validation) too") from error
-    train, test, held_out = (_as_set(part, name) for part, name in zip(source[:2] + source[3:], SETS))
+    source = as_source(source)
+    given = (source.train, source.test, source.validation)
+    train, test, held_out = (_as_set(part, name) for part, name in zip(given, SETS))
     _check_labels(train, test, held_out, source.num_classes)
+    num_classes, idle = source.num_classes, dict(source.idle)
     if held_out is None and validation:
         size = round(validation * len(train)) if validation < 1 else int(validation)
         if not 0 < size < len(train):
@@ -93,12 +110,33 @@ def split(source: Any, *, validation: float, seed: int, normalize: dict[str, lis
                 f"data.validation must leave images on both sides, got {validation:g} of {len(train)} training images: "
                 "give a share below 1, a smaller number, or 0 for none"
             )
-        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-        train, held_out = train.take(order[size:]), train.take(order[:size])
-    elif not validation and held_out is not None:
+        kept, held = hold_out(train.labels, size, seed)
+        train, held_out = train.take(kept), train.take(held)
+    elif held_out is not None and validation:
+        idle |= dict.fromkeys(("data.validation", "data.validation_seed"), "the data brings its own validation set")
+    elif held_out is not None:
         train, held_out = _joined(train, held_out), None
     mean, std = _checked_normalization(normalize, train.shape)
-    return Splits(train, held_out, test, source.num_classes, mean, std)
+    classes = _checked_names(source.classes, source.num_classes)
+    notes = [*source.notes, *_lacking({"train": train, "validation": held_out, "test": test}, classes, num_classes)]
+    return Splits(train, held_out, test, num_classes, mean, std, classes, notes, idle)
+
+
+def hold_out(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random indexes of labels [n]: those that are kept, and `size` others; all classes are among those kept.
+
+    Where chance leaves a class out, its first image is exchanged for one of the class that has most.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    kept, held = order[size:].clone(), order[:size].clone()
+    for label in sorted(set(labels[held].unique().tolist()) - set(labels[kept].unique().tolist())):
+        counts = labels[kept].bincount()
+        most = int(counts.argmax())
+        if counts[most] < 2:
+            break  # fewer images are kept than there are classes
+        ours, theirs = (labels[kept] == most).nonzero()[-1], (labels[held] == label).nonzero()[0]
+        kept[ours], held[theirs] = held[theirs].clone(), kept[ours].clone()
+    return kept, held
 
 
 SETS = ("train", "test", "validation")
@@ -139,9 +177,9 @@ def _checked_images(part: Images, name: str) -> Images:
 
 def _joined(one: Images | Files, other: Images | Files) -> Images | Files:
     """Two sets as one."""
-    labels = torch.cat([one.labels, other.labels])
     if isinstance(one, Files):
-        return replace(one, paths=one.paths + other.paths, labels=labels)
+        return one.join(other)
+    labels = torch.cat([one.labels, other.labels])
     return Images(torch.cat([one.images, other.images]), labels)
 
 
@@ -156,6 +194,28 @@ def _check_labels(train: Any, test: Any, validation: Any, num_classes: int) -> N
         low, high = int(part.labels.min()), int(part.labels.max())
         if low < 0 or high >= num_classes:
             raise DataError(f"the {name} labels reach from {low} to {high}: they must lie in 0…{num_classes - 1}")
+
+
+def _checked_names(names: Sequence[str] | None, num_classes: int) -> list[str] | None:
+    if names is None:
+        return None
+    names = [str(name) for name in names]
+    if len(set(names)) != num_classes or len(names) != num_classes:
+        raise DataError(f"a loader must name each of its {num_classes} classes by another name, got {names[:8]}")
+    return names
+
+
+def _lacking(sets: Mapping[str, Any], classes: Sequence[str] | None, num_classes: int, most: int = 5) -> list[str]:
+    """A line for each set that has no image of some class."""
+    lines = []
+    for name, part in sets.items():
+        lacking = [] if part is None else (part.labels.bincount(minlength=num_classes) == 0).nonzero().flatten()
+        if len(lacking):
+            names = [str(int(label)) if classes is None else shown(classes[int(label)]) for label in lacking[:most]]
+            which = "class" if len(lacking) == 1 else f"{len(lacking)} of {num_classes} classes:"
+            more = f" and {len(lacking) - most} more" if len(lacking) > most else ""
+            lines.append(f"{name} has no image of {which} {', '.join(names)}{more}")
+    return lines
 
 
 def _checked_normalization(normalize: Any, shape: tuple[int, ...]) -> tuple[list[float] | None, list[float] | None]:

@@ -1,5 +1,6 @@
 """Loaders of the standard data sets."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -28,18 +29,29 @@ def _torchvision(name: str, root: str, folder: str, files: str) -> Source:
     """Both parts of a data set of torchvision's, downloaded where they are missing."""
     from torchvision import datasets
 
-    place = Path(root) / folder
+    base = Path(os.path.expanduser(root)).absolute()
+    place = base / folder
     there = place.is_dir() and any(place.iterdir())
     sets = []
     for train in (True, False):
         try:
-            part = getattr(datasets, name)(root, train=train, download=True)
+            part = getattr(datasets, name)(str(base), train=train, download=True)
         except Exception as error:  # the readers raise whatever their file makes them trip over
             raise DataError(_loader_trouble(name, root, place, files, there, error)) from error
         images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)
+        if len(images) != len(labels):
+            which = "training" if train else "test"
+            mismatch = ValueError(f"{len(images)} {which} images and {len(labels)} labels")
+            raise DataError(_loader_trouble(name, root, place, files, True, mismatch))
         images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
         sets.append(Images(images, labels.long()))
-    return Source(*sets, num_classes=len(part.classes))
+    if [len(part) for part in sets] == SWAPPED:
+        swapped = ValueError("training and test files are swapped")
+        raise DataError(_loader_trouble(name, root, place, files, True, swapped))
+    return Source(*sets, num_classes=len(part.classes), classes=part.classes, places=[str(place)])
+
+
+SWAPPED = [10_000, 60_000]  # images of MNIST and its like whose files bear each other's names
 
 
 def _loader_trouble(name: str, root: str, place: Path, files: str, there: bool, error: Exception) -> str:
@@ -63,4 +75,5 @@ def digits() -> Source:
     images = torch.nn.functional.pad(large.mul(255).round().byte(), (2, 2, 2, 2))
     labels = torch.from_numpy(bunch.target).long()
     is_test = torch.arange(len(labels)) % 5 == 4
-    return Source(Images(images[~is_test], labels[~is_test]), Images(images[is_test], labels[is_test]), 10)
+    sets = (Images(images[part], labels[part]) for part in (~is_test, is_test))
+    return Source(*sets, num_classes=10, classes=[str(name) for name in bunch.target_names])

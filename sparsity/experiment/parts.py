@@ -2,13 +2,12 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from sparsity import config as schema
 from sparsity import console, stages, store
 from sparsity.capture import Way, is_known
 from sparsity.config import Run
-from sparsity.data import Files, Images, Splits, count_batches, split
+from sparsity.data import Files, Images, Source, Splits, as_source, count_batches, file_state, split, state_of
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
 from sparsity.experiment.precision import PRECISIONS, precision_of
 from sparsity.graph import Layer, Units
@@ -64,33 +63,53 @@ def machine(threads: int | None) -> Iterator[None]:
         torch.backends.cudnn.deterministic = deterministic
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """Data that a run asks for; equal where all its settings are."""
+class _Loaded:
+    """Remembers the data that was asked for last, for as long as it lies on disk as it did."""
 
-    settings: str
-    data: schema.Data = field(compare=False)
-    name: str = field(compare=False)
+    def __init__(self):
+        self.settings: str | None = None
+        self.places: Sequence[str] = ()
+        self.state: list[tuple] = []
+        self.found: tuple[Splits, str] | None = None
+
+    def get(self, run: Run) -> tuple[Splits, str]:
+        """The data of a run, and its fingerprint."""
+        loader = run.data.loader
+        numbers = dataclasses.asdict(replace(run.data, loader=None)) | {"loader": [loader.target, loader.numbers]}
+        settings = json.dumps(numbers, default=str)
+        if self.found is None or settings != self.settings or state_of(self.places) != self.state:
+            self.found = None  # makes room for the next
+            source = _source(run)
+            self.settings, self.places = settings, source.places or _paths_in(loader.numbers)
+            self.state = state_of(self.places)
+            data = run.data
+            splits = split(source, validation=data.validation, seed=data.validation_seed, normalize=data.normalize)
+            self.found = splits, _fingerprint(splits)
+        return self.found
+
+
+_LOADED = _Loaded()
 
 
 def load_data(run: Run) -> tuple[Splits, str]:
     """The run's data, split, and its fingerprint; the last data asked for is kept for the next member of a sweep."""
-    data = run.data
-    numbers = dataclasses.asdict(replace(data, loader=None)) | {"loader": [data.loader.target, data.loader.numbers]}
-    return _load(_Asked(json.dumps(numbers, default=str), data, run.name.get("data", data.loader.target)))
+    return _LOADED.get(run)
 
 
-@functools.lru_cache(maxsize=1)
-def _load(asked: _Asked) -> tuple[Splits, str]:
-    data = asked.data
+def _source(run: Run) -> Source:
     try:
-        source = data.loader.partial()()
+        return as_source(run.data.loader.partial()())
     except SparsityError:
         raise
     except Exception as error:  # whatever a loader of the user's own may raise
-        raise DataError(f"data={asked.name} cannot be loaded: {reason(error)}") from error
-    splits = split(source, validation=data.validation, seed=data.validation_seed, normalize=data.normalize)
-    return splits, _fingerprint(splits)
+        name = run.name.get("data", run.data.loader.target)
+        raise DataError(f"data={name} cannot be loaded: {reason(error)}") from error
+
+
+def _paths_in(numbers: Mapping[str, object]) -> list[str]:
+    """The files and folders that a loader of the user's own was given."""
+    given = [os.path.expanduser(value) for value in numbers.values() if isinstance(value, str)]
+    return [path for path in given if os.path.exists(path)]
 
 
 def _fingerprint(splits: Splits) -> str:
@@ -103,8 +122,10 @@ def _fingerprint(splits: Splits) -> str:
 def _set_digest(part: Images | Files) -> str:
     if isinstance(part, Images):
         return store.digest({"images": part.images, "labels": part.labels})
-    files = [(path, Path(path).stat()) for path in part.paths]  # too many to read: by name, size and time
-    listed = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in files]
+    if part.digests is not None:
+        content = store.digest({"digests": part.digests, "labels": part.labels})
+        return store.key_of({"content": content, "read": repr(part.read)})
+    listed = [file_state(path) for path in part.paths]  # of a loader of the user's own
     return store.key_of({"files": listed, "labels": part.labels.tolist(), "shape": list(part.shape)})
 
 

@@ -5,10 +5,8 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import platform
 import statistics
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sparsity.config import Run
-from sparsity.files import write_text
+from sparsity.files import cache_folder, write_text
 
 log = logging.getLogger("sparsity")
 
@@ -42,7 +40,7 @@ def precision_of(run: Run, device: torch.device) -> str:
 def _decided() -> str:
     """What this machine's kept measurement says; the first to measure decides for all that run beside it."""
     machine = {"processor": _processor(), "torch": torch.__version__}
-    path = _folder() / f"precision-{hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]}.json"
+    path = cache_folder() / f"precision-{hashlib.sha256(json.dumps(machine).encode()).hexdigest()[:16]}.json"
     kept = _read(path)
     if kept is None:
         measured = {**machine, **_measure()}
@@ -82,13 +80,6 @@ def _processor() -> str:
         told = {line.partition(":")[2].strip() for line in file if line.startswith(("model name", "flags", "Features"))}
         return " | ".join(sorted(told, key=len))
     return platform.processor() or platform.machine()
-
-
-def _folder() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsity"
-    except RuntimeError:  # there is no home
-        return Path(tempfile.gettempdir()) / "sparsity"
 
 
 def _read(path: Path) -> dict[str, Any] | None:

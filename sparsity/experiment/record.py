@@ -120,6 +120,7 @@ class Record:
             Member(job, key, population.member(index), warnings=[*job.notes])
             for index, (job, key) in enumerate(zip(jobs, keys))
         ]
+        self._note_data()
         self._note_whole_network(population)
         for job in jobs:
             _check_folder(job.folder)
@@ -129,6 +130,15 @@ class Record:
             for index, member in enumerate(self.members):
                 accuracy = measured[0 if is_same else index]
                 member.measured |= {"dense": accuracy, "final": accuracy}
+
+    def _note_data(self) -> None:
+        """What there is to say of the data, and settings of the command line that it makes no use of."""
+        for line in self.splits.notes:
+            self._warn_all(line)
+        for member in self.members:
+            for key in dict.fromkeys(override.lstrip("+~").partition("=")[0] for override in member.job.overrides):
+                if key in self.splits.idle:
+                    member.warn(f"{key} does nothing: {self.splits.idle[key]}")
 
     def _note_whole_network(self, population: Population) -> None:
         weights = [name for name, layout in population.layouts.items() if layout.kind == "weight"]
@@ -277,6 +287,7 @@ class Record:
             "factory": {"_target_": factory.target, **factory.numbers},
             "input_shape": list(self.splits.input_shape),
             "num_classes": self.splits.num_classes,
+            "classes": self.splits.classes,
             "mean": self.splits.mean,
             "std": self.splits.std,
             "stage": stage,
@@ -316,6 +327,7 @@ class Record:
             "name": run.name,
             "stages": run.stages,
             "seed": run.seed,
+            "classes": self.splits.classes,
             "accuracy": results.accuracies(member.measured, member.histories.get("finetune"), epoch, 0),
             "selection": results.selection(run.stages, epoch),
             **results.describe_report(report),
