@@ -1,7 +1,10 @@
 """Penalty functions: one parameter tensor, as the view [groups, outputs, inputs, positions], to one scalar.
 
 All are differentiable, and finite with their gradients on a tensor that is all zero or has all-zero groups; none
-branches on a value, so all map over members. Formulas as in DeepHoyer (Yang, Wen, Li, ICLR 2020).
+branches on a value, so all map over members. What is squared is multiplied by a power of two first, which brings the
+largest magnitude near 1: this rounds nothing, and changes no number but those that would be too large or too small for
+floats. Sums that are too large end at the largest float; denormals count as zeros. Formulas as in DeepHoyer (Yang,
+Wen, Li, ICLR 2020).
 """
 
 from typing import Any
@@ -9,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.linalg import vector_norm
+from torch.nn.functional import threshold
 
 from sparsity.kinds import Positive
 
 
 def l1(weight: Tensor) -> Tensor:
     """Σ|w|; Tibshirani, 1996."""
-    return weight.abs().sum()
+    return weight.abs().sum().clamp_max(torch.finfo(weight.dtype).max)
 
 
 def hoyer(weight: Tensor) -> Tensor:
     """Σ|w| / √Σw², the Hoyer measure; between 1 (one entry is left) and √n (all are equal), whatever the scale."""
-    return _over(weight.abs().sum(), vector_norm(weight))
+    return _Hoyer.apply(weight)[0]
 
 
 def hs(weight: Tensor) -> Tensor:
@@ -28,79 +32,170 @@ def hs(weight: Tensor) -> Tensor:
 
     Entries below Σw² / Σ|w| shrink and larger ones grow.
     """
-    size, square = _Sums.apply(weight)
-    return _over(size.square(), square)
+    return _HoyerSquare.apply(weight)[0]
 
 
 def transformed_l1(weight: Tensor, *, a: Positive) -> Tensor:
     """Σ (a + 1)|w| / (a + |w|); near the number of non-zeros for small a and near L1 for large a; Zhang, Xin, 2018."""
-    magnitude = weight.abs()
-    return ((a + 1) * magnitude / (a + magnitude)).sum()
+    return _Transformed.apply(weight, a)[0]
 
 
 def group_lasso(weight: Tensor) -> Tensor:
     """Σ ‖filter‖₂ + Σ ‖channel‖₂; Yuan, Lin, 2006, with filters and channels both as groups (Wen et al., 2016)."""
-    filters, channels = _group_norms(weight)
-    return filters.sum() + channels.sum()
+    filters, channels, *_ = _GroupNorms.apply(weight, False)
+    return (filters.sum() + channels.sum()).clamp_max(torch.finfo(weight.dtype).max)
 
 
 def group_hs(weight: Tensor) -> Tensor:
     """[(Σ ‖filter‖₂)² + (Σ ‖channel‖₂)²] / Σw²: Hoyer-square of the group norms, for filters and for channels."""
-    filters, channels = _group_norms(weight)
-    return _over(filters.sum().square() + channels.sum().square(), filters.square().sum())
+    filters, channels, *_ = _GroupNorms.apply(weight, True)
+    square = filters.square().sum().clamp_min(torch.finfo(weight.dtype).tiny)  # 0, with gradient 0, of zeros
+    return (filters.sum().square() + channels.sum().square()) / square
 
 
-def _group_norms(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The 2-norms of a weight's filters [groups, outputs] (one per output) and channels [groups, inputs]."""
-    return _GroupNorms.apply(weight)
+# Functions with their gradient in one expression: autograd's own passes over the weight twice as often. What follows
+# the values among their outputs is what the gradient needs.
 
 
-class _Sums(torch.autograd.Function):
-    """Σ|w| and Σw², with their gradient in one expression; autograd's own passes over the weight twice as often."""
+class _HoyerSquare(torch.autograd.Function):
+    """(Σ|w|)² / Σw²."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor) -> tuple[Tensor, Tensor]:
-        flat = weight.reshape(-1)
-        return weight.abs().sum(), flat.dot(flat)
+    def forward(weight: Tensor) -> tuple[Tensor, ...]:
+        magnitude = weight.abs()
+        factor = _factor(magnitude.amax())
+        magnitude.mul_(factor)
+        size, flat = magnitude.sum(), magnitude.reshape(-1)
+        square = flat.dot(flat).clamp_min(torch.finfo(weight.dtype).tiny)
+        value = size.square() / square
+        return value, magnitude, size, square, value / square, -2 * factor
 
     @staticmethod
-    def setup_context(context: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
-        context.save_for_backward(*inputs)
+    def setup_context(context: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, ...]) -> None:
+        _keep(context, outputs[1:], (*inputs, *outputs[1:]))
 
     @staticmethod
-    def backward(context: Any, to_size: Tensor, to_square: Tensor) -> Tensor:
-        (weight,) = context.saved_tensors
-        return weight.sgn().mul_(to_size).add_(weight * (2 * to_square))  # in place: memory is what costs here
+    def backward(context: Any, gradient: Tensor, *_: None) -> Tensor:
+        if gradient is None:
+            return None
+        weight, magnitude, size, square, fall, factor = context.saved_tensors
+        gradient = gradient * factor
+        slope = (magnitude * (gradient * fall)).sub_(gradient / square * size)  # in place: memory is what costs here
+        return slope.mul_(weight.sgn())
+
+
+class _Hoyer(torch.autograd.Function):
+    """Σ|w| / √Σw²."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor) -> tuple[Tensor, ...]:
+        magnitude = weight.abs()
+        factor = _factor(magnitude.amax())
+        magnitude.mul_(factor)
+        norm = vector_norm(magnitude).clamp_min(torch.finfo(weight.dtype).tiny)
+        value = magnitude.sum() / norm
+        return value, magnitude, norm, value / norm, factor
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, ...]) -> None:
+        _keep(context, outputs[1:], (*inputs, *outputs[1:]))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor, *_: None) -> Tensor:
+        if gradient is None:
+            return None
+        weight, magnitude, norm, fall, factor = context.saved_tensors
+        gradient = gradient * factor
+        slope = (magnitude / norm).mul_(-gradient * fall).add_(gradient / norm)
+        return slope.mul_(weight.sgn())
+
+
+class _Transformed(torch.autograd.Function):
+    """Σ (a + 1)|w| / (a + |w|)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, a: Any) -> tuple[Tensor, ...]:
+        limit = torch.finfo(weight.dtype).max ** 0.75  # so that products stay finite; the value is a + 1 there
+        magnitude = weight.abs().clamp_max_(limit)
+        larger = magnitude + a
+        each = magnitude.mul_(a + 1).div_(larger)
+        return each.sum(), each, larger, torch.as_tensor(a + 1, dtype=weight.dtype, device=weight.device)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> None:
+        _keep(context, outputs[1:], (inputs[0], *outputs[1:]))
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor, *_: None) -> tuple[Tensor, None]:
+        if gradient is None:
+            return None, None
+        weight, each, larger, factor = context.saved_tensors
+        slope = (gradient / larger).mul_(factor).add_((each / larger).mul_(-gradient))
+        return slope.mul_(weight.sgn()), None
 
 
 class _GroupNorms(torch.autograd.Function):
-    """Both norms and their gradient in one pass over the weight each; autograd's own takes three times as long."""
+    """The norms of filters and channels; where only their ratio counts, times a power of two."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor) -> tuple[Tensor, Tensor]:
-        squares = weight.square().sum(3)
-        return squares.sum(2).sqrt(), squares.sum(1).sqrt()
+    def forward(weight: Tensor, is_ratio: bool) -> tuple[Tensor, ...]:
+        factor = _factor(torch.maximum(weight.amax(), -weight.amin()))
+        scaled = weight * factor
+        squares = scaled.square()
+        squares = squares.sum(3) if squares.shape[3] > 1 else squares.squeeze(3)
+        filters, channels = squares.sum(2).sqrt(), squares.sum(1).sqrt()
+        if is_ratio:
+            return filters, channels, scaled, filters / factor, channels / factor
+        return filters / factor, channels / factor, scaled, filters, channels
 
     @staticmethod
-    def setup_context(context: Any, inputs: tuple[Tensor], outputs: tuple[Tensor, Tensor]) -> None:
-        context.save_for_backward(*inputs, *outputs)
+    def setup_context(context: Any, inputs: tuple[Tensor, bool], outputs: tuple[Tensor, ...]) -> None:
+        _keep(context, outputs[2:], outputs[2:])
 
     @staticmethod
-    def backward(context: Any, to_filters: Tensor, to_channels: Tensor) -> Tensor:
-        weight, filters, channels = context.saved_tensors
+    def backward(context: Any, to_filters: Tensor, to_channels: Tensor, *_: None) -> tuple[Tensor, None]:
+        scaled, filters, channels = context.saved_tensors
         per_filter, per_channel = _quotient(to_filters, filters), _quotient(to_channels, channels)
-        return (per_filter[:, :, None, None] + per_channel[:, None, :, None]) * weight
+        both = per_filter[:, :, None, None] + per_channel[:, None, :, None]
+        return both.mul_(scaled) if both.shape == scaled.shape else both * scaled, None
 
 
-def _quotient(gradient: Tensor, norm: Tensor) -> Tensor:
+def _keep(context: Any, aside: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> None:
+    """Keeps tensors for the gradient; those aside are outputs without one."""
+    context.mark_non_differentiable(*aside)
+    context.set_materialize_grads(False)
+    context.save_for_backward(*kept)
+
+
+def _factor(largest: Tensor) -> Tensor:
+    """The power of two that brings the largest magnitude between 2 and 4; of denormals and zeros one that makes them 0.
+
+    Its exponent is the complement of the largest's, and exponents reach as far down as up.
+    """
+    limits = torch.finfo(largest.dtype)
+    whole, exponent = EXPONENTS[largest.dtype]
+    bits = threshold(largest, limits.tiny, limits.max).view(whole)
+    return bits.bitwise_xor(exponent).bitwise_and(exponent).view(largest.dtype)
+
+
+EXPONENTS = {  # where the exponent lies in a float, as an integer of the same size
+    torch.float64: (torch.int64, 0x7FF << 52),
+    torch.float32: (torch.int32, 0xFF << 23),
+    torch.bfloat16: (torch.int16, 0xFF << 7),
+    torch.float16: (torch.int16, 0x1F << 10),
+}
+
+
+def _quotient(gradient: Tensor | None, norm: Tensor) -> Tensor:
     """gradient / norm, and 0 for a group that is all zero."""
+    if gradient is None:  # nothing depends on these norms
+        return torch.zeros_like(norm)
     return torch.where(norm > 0, gradient / torch.where(norm > 0, norm, 1), 0)
-
-
-def _over(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """A ratio that is 0, with gradient 0, where both are 0."""
-    return numerator / denominator.clamp_min(torch.finfo(denominator.dtype).tiny)

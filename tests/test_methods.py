@@ -236,3 +236,67 @@ def test_views_come_back(kind):
         getattr(module, "in_channels", None) or module.in_features,
         getattr(module, "out_channels", None) or module.out_features,
     )
+
+
+SCALES = [2.0**-125, 1e-30, 1e-25, 1e-20, 1e-10, 1.0, 1e10, 1e19, 1e30, 1e38]
+BOUNDS = {"hoyer": 120**0.5, "hs": 120, "group_hs": 22}  # of a linear layer from 12 to 10 units
+
+
+@pytest.fixture
+def flushed():
+    """Denormals are zeros, as where networks are trained."""
+    torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_value_and_gradient_are_right_at_every_scale(name, scale, flushed):
+    generator = torch.Generator().manual_seed(0)
+    pattern = torch.rand(1, 10, 12, 1, generator=generator) * (torch.rand(1, 10, 12, 1, generator=generator) < 0.7) * 3
+    for ones in (pattern, torch.ones_like(pattern)):
+        one = (ones * scale).requires_grad_()
+        value = regularizer(name)(one)
+        (gradient,) = torch.autograd.grad(value, one)
+        assert value.isfinite() and gradient.isfinite().all()
+        other = one.detach().double().requires_grad_()
+        expected = regularizer(name)(other)
+        (slope,) = torch.autograd.grad(expected, other)
+        if expected < torch.finfo(torch.float32).max:
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+            close = slope.abs().max().item() * 1e-5 + value.item() / scale * 1e-6  # of ratios it is a difference
+            torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=max(close, 1.2e-38))
+        assert value <= BOUNDS.get(name, torch.inf) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_small_and_large_numbers_of_every_type(name, dtype):
+    limits = torch.finfo(dtype)
+    for scale in (0.0, limits.tiny / 8, limits.tiny * 2, limits.max**0.5, limits.max):
+        members = torch.full((2, 1, 4, 5, 1), scale, dtype=dtype)
+        members[1, 0, 0] = 0
+
+        def value_and_gradient(weight):
+            return torch.func.grad_and_value(regularizer(name))(weight)
+
+        gradients, values = torch.func.vmap(value_and_gradient)(members)
+        assert values.isfinite().all() and (values >= 0).all() and gradients.isfinite().all()
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_ordinary_scales_differ_by_a_power_of_two_alone(name):
+    weight = torch.randn(1, 30, 40, 1, generator=torch.Generator().manual_seed(0)) * 0.05
+    one, other = (regularizer(name)(weight * 2.0**power) for power in (0, 40))
+    if name in BOUNDS:
+        assert torch.equal(one, other)
+    elif name != "transformed_l1":
+        assert torch.equal(one * 2.0**40, other)
+
+
+def test_tiny_entries_beside_large_ones_keep_their_direction(flushed):
+    weight = torch.tensor([[[[3.0]], [[2e-38]], [[-2e-38]], [[0.0]]]], requires_grad=True)
+    for name in ("l1", "hs", "hoyer", "transformed_l1"):
+        (gradient,) = torch.autograd.grad(regularizer(name)(weight), weight)
+        assert gradient.flatten()[1] > 0 > gradient.flatten()[2] and gradient.flatten()[3] == 0
