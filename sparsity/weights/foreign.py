@@ -25,7 +25,7 @@ BEGINNINGS = (  # the first bytes, what begins so, and what to do
     (b"\xff\xd8\xff", "is a JPEG image", "give the weights of a torch module"),
     (b"\x7fELF", "is a program", "give the weights of a torch module"),
 )
-TORCH_LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's number, pickled: before version 1.6
+TORCH_LEGACY = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's number, pickled: what it wrote before version 1.6
 MANY_BYTES = 512
 
 
@@ -72,7 +72,7 @@ def is_foreign(path: Path) -> str | None:
         return f"is an ONNX model: {GIVE}"
     if _is_tar(path):
         return f"is a tar archive, as torch wrote before version 0.1.9: load it with torch, and {SAVE}"
-    if head[:1] == b"\x80" and not head.startswith(TORCH_LEGACY):
+    if head[:1] == b"\x80" and TORCH_LEGACY not in head[:40]:
         return f"is a pickle that torch.save did not write: {SAVE}"
     if _is_text(head):
         return f"is text that begins with {text.splitlines()[0][:40]!r}: {GIVE}" if text else "is text: " + GIVE
@@ -86,21 +86,44 @@ def _zip(path: Path) -> str | None:
     """What a zip archive is that is no file of torch.save's; whatever torch opens is asked in torch's own way."""
     try:
         records = torch._C.PyTorchFileReader(str(path)).get_all_records()
-    except RuntimeError:
+    except Exception:  # a damaged one has it trip over whatever comes
         records = None
     if records is not None and "constants.pkl" in records:
         return f"is a TorchScript archive: {SAVE.replace('model', 'torch.jit.load(FILE)')}"
-    if records is not None and "data.pkl" in records:
-        return None
     try:
-        names = zipfile.ZipFile(path).namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if records is not None and "data.pkl" in records:
+                return _changed(archive)
+    except Exception:
         return "is damaged or cut short: take another copy"
     if names and all(name.endswith(".npy") for name in names):
         return f"is a NumPy archive (npz) of {', '.join(names[:3])}, …: put it into the module and {SAVE}"
     if any(name.endswith(("archive_format", "model.json")) for name in names):
         return f"is a program of torch.export's: {SAVE}"
     return f"is a zip archive of {', '.join(names[:3]) or 'nothing'}, not written by torch.save: {GIVE}"
+
+
+def _changed(archive: zipfile.ZipFile) -> str | None:
+    """That a record is not what its checksum says, which torch leaves unread; a writer may have left out all."""
+    is_right = {entry.filename: _is_right(archive, entry) for entry in archive.infolist() if entry.CRC}
+    wrong = [name for name, right in is_right.items() if not right]
+    if not wrong or len(wrong) == len(is_right):
+        return None
+    return f"is damaged: {wrong[0]} in it is not what its checksum says; take another copy"
+
+
+def _is_right(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bool:
+    try:
+        with archive.open(entry) as record:
+            while record.read(READ_AT_A_TIME):
+                pass
+    except zipfile.BadZipFile:
+        return False
+    return True
+
+
+READ_AT_A_TIME = 2**24
 
 
 def _is_tar(path: Path) -> bool:

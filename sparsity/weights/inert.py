@@ -4,6 +4,7 @@ Given to `torch.load` in place of the module `pickle`. No name in the file is ev
 of this file, every other for a `Name`; calling one makes an `Inert`, and setting an object's state sets nothing.
 """
 
+import builtins
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
@@ -25,6 +26,11 @@ class Name:
 
     def __init__(self, name: str):
         self.name = name
+
+    @property
+    def __name__(self) -> str:
+        """The same, for what torch says of it."""
+        return self.name
 
 
 class Inert(dict):
@@ -57,7 +63,8 @@ class Unpickler(pickle._Unpickler):
             return KNOWN[full]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        if module.split(".")[0] in PROGRAMS or (module == "builtins" and name not in HARMLESS):
+        is_function = module == "builtins" and name != "getattr" and not isinstance(vars(builtins).get(name), type)
+        if is_function or module.split(".")[0] in PROGRAMS:
             raise ExecutesCode(full)
         return Name(full)
 
@@ -145,10 +152,6 @@ PROGRAMS = frozenset((
     "os", "posix", "nt", "sys", "subprocess", "shutil", "socket", "runpy", "importlib", "imp", "ctypes", "pty", "code",
     "codeop", "pickle", "_pickle", "marshal", "webbrowser", "signal", "multiprocessing", "threading", "_thread",
     "asyncio", "tempfile", "urllib", "http", "ftplib", "smtplib", "requests", "timeit", "cProfile", "profile", "pdb",
-    "bdb", "doctest", "inspect", "gc", "atexit", "site", "pip", "pkgutil", "zipimport",
-))
-HARMLESS = frozenset((
-    "bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "getattr", "int", "list", "object", "range",
-    "set", "slice", "str", "tuple", "type",
+    "bdb", "doctest", "inspect", "gc", "atexit", "site", "pip", "pkgutil", "zipimport", "io", "_io",
 ))
 # fmt: on

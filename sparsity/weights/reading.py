@@ -21,6 +21,7 @@ from sparsity.weights.foreign import SAVE, begins_as_safetensors, is_foreign, no
 log = logging.getLogger("sparsity")
 
 DEEPEST = 5  # dicts in dicts that are looked into
+MANY = 100  # dicts that are looked through for what to name
 
 
 @dataclass(frozen=True)
@@ -108,15 +109,26 @@ def _what(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
+def _objects(content: Any, seen: set[int]) -> Iterator[tuple[str, inert.Inert]]:
+    """The objects in a dict, and in those dicts of it that are no objects, under their names."""
+    if isinstance(content, Mapping) and id(content) not in seen and len(seen) < MANY:
+        seen.add(id(content))
+        for name, value in content.items():
+            if isinstance(value, inert.Inert):
+                yield str(name), value
+            else:
+                yield from _objects(value, seen)
+
+
 def _nothing(content: Any) -> str:
     """What a file without named tensors holds, and the remedy."""
     if isinstance(content, inert.Inert):
         return f"holds {_what(content)}, which only its own code could read: {SAVE}"
     if isinstance(content, Mapping):
-        objects = [f"{name} is {_what(value)}" for name, value in content.items() if isinstance(value, inert.Inert)]
-        modules = [line for line in objects if "a whole" in line]
-        if modules or objects:
-            return f"holds no state_dict, and {(modules or objects)[0]}: {SAVE}"
+        objects = sorted(_objects(content, set()), key=lambda entry: not entry[1].is_module)
+        if objects:
+            name, value = objects[0]
+            return f"holds no state_dict, and {name} is {_what(value)}: {SAVE}"
         if content and all(isinstance(value, Tensor) for value in content.values()):
             return f"holds no state_dict: its tensors have no names but {next(iter(content))!r}, …; {SAVE}"
         shown = ", ".join(str(name)[:40] for name in list(content)[:8])
