@@ -36,6 +36,8 @@ def run(composed: DictConfig) -> tuple[float, ...]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         logging.getLogger("sparsity").error(error)
+        if not any(getattr(handler, "stream", None) is sys.stderr for handler in logging.getLogger().handlers):
+            print(error, file=sys.stderr)  # hydra/job_logging=disabled, none, stdout
         if HydraConfig.get().mode is RunMode.MULTIRUN:
             raise  # a sweep goes on with its other members
         raise SystemExit(USER_MISTAKE) from error
@@ -79,6 +81,7 @@ def function_that_raises(error: Exception) -> Callable[[], None]:
 def command_line(arguments: Sequence[str]) -> int | str | None:
     """Runs what is typed and returns the exit status; a user's mistake is one line."""
     try:
+        arguments = sys.argv[1:] = config.shell_home(arguments)
         typed = config.check_options(arguments)
         utils.run_and_report = reporting(utils.run_and_report, typed)
         main()

@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf.errors import OmegaConfBaseException
 
 from sparsity import config as schema
 from sparsity.errors import USER_MISTAKE, SparsityError, reason
@@ -41,7 +42,13 @@ class Sweep(Callback):
 
     def on_run_start(self, config: DictConfig, **rest: Any) -> None:
         """Refuses a folder that cannot be made, before Hydra makes it."""
-        _make("hydra.run.dir", config.hydra.run.dir)
+        try:
+            folder = schema.at_home(config.hydra.run.dir)
+        except OmegaConfBaseException:
+            return  # Hydra tells what is wrong with it
+        _make("hydra.run.dir", folder)
+        with read_write(config.hydra):
+            config.hydra.run.dir = folder
 
     def on_multirun_start(self, config: DictConfig, **rest: Any) -> None:
         """Names the sweep's folder and writes down what is swept; refuses what no member could run with."""
@@ -52,7 +59,7 @@ class Sweep(Callback):
         _name_folder(config)
         folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
         if config.store is not None and "store" not in schema.swept_keys(config.hydra.overrides.task):
-            _make("store", config.store)
+            _make("store", schema.at_home(config.store))
         total = _write_sweep(folder, config)
         self.progress = Progress(folder, total)
         if config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
@@ -65,7 +72,8 @@ class Sweep(Callback):
         """
         if config.hydra.mode is RunMode.RUN:
             _announce(config)
-        if self.progress is None and config.hydra.mode is RunMode.MULTIRUN and not config.hydra.job.chdir:
+        is_elsewhere = self.progress is None and config.hydra.mode is RunMode.MULTIRUN
+        if is_elsewhere and not config.hydra.job.chdir:
             os.chdir(config.hydra.runtime.cwd)
 
     def on_job_end(self, config: DictConfig, **rest: Any) -> None:
@@ -210,7 +218,7 @@ def _name_folder(config: DictConfig) -> None:
     folder = str(config.hydra.sweep.dir)
     if NAME in folder:
         folder = folder.replace(NAME, schema.sweep_name(config))
-    folder = os.path.abspath(folder)
+    folder = os.path.abspath(schema.at_home(folder))
     with read_write(config.hydra), open_dict(config.hydra):
         config.hydra.sweep.dir = folder
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={QuotedString(folder, Quote.double).with_quotes()}")

@@ -1,8 +1,9 @@
 """The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
 
-from sparsity.config.composing import compose, register
+from sparsity.config.composing import compose, folder_of_run, hydra_of, register
 from sparsity.config.mistakes import mistake, said
 from sparsity.config.options import check_options
+from sparsity.config.paths import at_home, settle, shell_home
 from sparsity.config.reading import idle_settings, read, sensitivity_range
 from sparsity.config.schema import (
     STAGES,
@@ -33,11 +34,14 @@ __all__ = [
     "Schedule",
     "StageSchedule",
     "admitted",
+    "at_home",
     "check",
     "check_options",
     "check_sweep",
     "compose",
     "count_members",
+    "folder_of_run",
+    "hydra_of",
     "idle_settings",
     "mistake",
     "read",
@@ -45,6 +49,8 @@ __all__ = [
     "said",
     "search_ranges",
     "sensitivity_range",
+    "settle",
+    "shell_home",
     "sweep_name",
     "swept_keys",
 ]

@@ -1,13 +1,19 @@
 """Command lines and YAMLs into a composed config, by Hydra."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobRuntime
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sparsity.config.mistakes import said
+from sparsity.config.paths import at_home, shell_home
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
 
@@ -28,14 +34,47 @@ def _directions(objectives: Sequence[str]) -> list[str]:
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
     """The config that a command line composes, and Hydra's own part of it."""
     register()
-    with hydra.initialize_config_dir(config_dir=str(folder_of_yamls())):
+    with _own_hydra(), hydra.initialize_config_dir(config_dir=str(folder_of_yamls())):
         try:
-            composed = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+            composed = hydra.compose("config", overrides=shell_home(overrides), return_hydra_config=True)
         except Exception as error:  # of Hydra, OmegaConf, a YAML's parser
             raise ConfigError(said(error, overrides)) from error
-    with open_dict(composed):
-        own = composed.pop("hydra")
-    return composed, own
+    bare = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    OmegaConf.set_struct(bare, True)
+    return bare, composed.hydra  # whose interpolations still mean the whole
+
+
+@contextlib.contextmanager
+def _own_hydra() -> Iterator[None]:
+    """Hydra as if nothing else used it in this process; another application's is as before afterwards."""
+    running, runtime = GlobalHydra.instance(), JobRuntime.instance()
+    before, named = running.hydra, dict(runtime.conf)
+    running.clear()
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().hydra = before
+        runtime.conf.clear(), runtime.conf.update(named)
+
+
+@contextlib.contextmanager
+def hydra_of(own: DictConfig) -> Iterator[None]:
+    """Lets `${hydra:…}` mean a job's own settings, as it does where Hydra itself runs the job."""
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    instance.set_config(own._get_root())
+    try:
+        yield
+    finally:
+        instance.cfg = before
+
+
+def folder_of_run(own: DictConfig) -> Path:
+    """The folder of a single run, as a whole path."""
+    try:
+        return Path(at_home(own.run.dir)).absolute()
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"hydra.run.dir: {said(error)}") from error
 
 
 def folder_of_yamls() -> Path:

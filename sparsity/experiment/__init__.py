@@ -50,7 +50,8 @@ def run(overrides: Sequence[str] = ()) -> dict[str, Any]:
         log.setLevel(logging.INFO)
     trust = config.admitted(overrides)
     composed, hydra = config.compose(overrides)
-    return _run_one(composed, hydra, Path(hydra.run.dir).absolute(), trust)
+    with config.hydra_of(hydra):
+        return _run_one(composed, hydra, config.folder_of_run(hydra), trust)
 
 
 def run_job(composed: DictConfig, trust: Sequence[str] = ()) -> tuple[float, ...]:
@@ -182,6 +183,7 @@ def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Seque
 def _job(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> Job:
     """The checked job of a composed config."""
     _check_search(composed, hydra)
+    composed = config.settle(composed, str(hydra.runtime.cwd) if hydra.job.chdir else None)
     checked = config.read(composed, trust=trust, choices=hydra.runtime.choices, folder=hydra.runtime.cwd)
     idle = config.idle_settings(checked, list(hydra.overrides.task))
     for line in idle:
