@@ -51,19 +51,26 @@ def percentile_cut(weights: Tensors, *, sensitivity: Share) -> Tensor:
     return magnitudes.gather(0, index.reshape(1)).reshape(())
 
 
-def group_threshold(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
-    """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity."""
-    return _keep_groups(weight, threshold_cut(weight, sensitivity=sensitivity))
+def group_threshold(weight: Tensor, *, sensitivity: AtLeastZero, fixed: Tensor | None = None) -> Tensor:
+    """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity.
+
+    fixed: filters [groups, outputs] that stay whatever their size, such as the network's outputs.
+    """
+    return _keep_groups(weight, threshold_cut(weight, sensitivity=sensitivity), fixed)
 
 
-def group_std(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
-    """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity · std(w)."""
-    return _keep_groups(weight, std_cut(weight, sensitivity=sensitivity))
+def group_std(weight: Tensor, *, sensitivity: AtLeastZero, fixed: Tensor | None = None) -> Tensor:
+    """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity · std(w).
+
+    fixed: filters [groups, outputs] that stay whatever their size, such as the network's outputs.
+    """
+    return _keep_groups(weight, std_cut(weight, sensitivity=sensitivity), fixed)
 
 
-def _keep_groups(weight: Tensor, cut: Tensor) -> Tensor:
+def _keep_groups(weight: Tensor, cut: Tensor, fixed: Tensor | None) -> Tensor:
     """The mask of whole filters and channels, each measured by ‖group‖₂ / √entries."""
     _, outputs, inputs, positions = weight.shape
     filters = vector_norm(weight, dim=(2, 3), keepdim=True) / (inputs * positions) ** 0.5
     channels = vector_norm(weight, dim=(1, 3), keepdim=True) / (outputs * positions) ** 0.5
-    return ((filters >= cut) & (channels >= cut)).expand_as(weight)
+    kept = filters >= cut if fixed is None else (filters >= cut) | fixed[:, :, None, None]
+    return (kept & (channels >= cut)).expand_as(weight)

@@ -2,8 +2,10 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from sparsity.compaction import compact, whole
 from sparsity.data import Splits
 from sparsity.errors import ConfigError
-from sparsity.graph import Units
+from sparsity.graph import Facts, Units
 from sparsity.population import Population, over_members
 from sparsity.step import Penalty
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, nonzero, to_view
@@ -41,7 +43,6 @@ class Rule:
     structural: bool
     pools: list[tuple[list[str], Tensor]]  # names of parameters that are pruned together, and their sensitivity
     excluded: frozenset[str] = frozenset()  # names that are not pruned, whatever the rule
-    units: Units | None = None  # of the network, where the rule is structural: what goes with a filter
 
     def take(self, members: list[int]) -> "Rule":
         """The rule of some of the members."""
@@ -59,6 +60,7 @@ class Ingredients:
     rule: Rule
     seeds: list[int]
     watcher: Callable[[str], Watcher]
+    units: Units | None = None  # of the network; None where they are not known
 
     def take(self, members: list[int]) -> "Ingredients":
         """The ingredients of some of the members."""
@@ -91,7 +93,7 @@ def regularize(population: Population, parts: Ingredients) -> Trained:
 def prune(population: Population, parts: Ingredients) -> Pruned:
     """The rule's masks, and zeros where they are 0."""
     with _denormals_kept():
-        return _pruned(population, parts.rule)
+        return _pruned(population, parts.rule, parts.units)
 
 
 @contextlib.contextmanager
@@ -109,8 +111,8 @@ def _denormals_kept() -> Iterator[None]:
         torch.set_flush_denormal(flushed)
 
 
-def _pruned(population: Population, rule: Rule) -> Pruned:
-    masks = _masks(population, rule)
+def _pruned(population: Population, rule: Rule, units: Units | None) -> Pruned:
+    masks = _masks(population, rule, units)
     parameters = {
         name: torch.where(masks[name], parameter, 0) if name in masks else parameter
         for name, parameter in population.parameters.items()
@@ -127,18 +129,32 @@ def finetune(population: Population, parts: Ingredients) -> Trained:
 
     What this makes dead takes no part in it, unless the optimizer makes entries depend on each other.
     """
-    held = _holding_zeros(population)
+    held = _holding_zeros(population, parts.units)
     small = (compact if parts.loops["finetune"].elementwise else whole)(held, parts.splits)
     trained = _train("finetune", small.population, replace(parts, splits=small.splits), select=True)
     return replace(trained, last=small.restore(trained.last), selected=small.restore(trained.selected))
 
 
-def _holding_zeros(population: Population) -> Population:
-    """The population with masks that hold every zero of weights and biases, and what the rule masked of others."""
+def _holding_zeros(population: Population, units: Units | None = None) -> Population:
+    """The population with masks that hold every zero of weights and biases, and what the rule masked of others.
+
+    Scale and shift of a normalisation are held where both are 0 and what they get is, such as behind a filter that an
+    earlier run removed.
+    """
     masks = dict(population.masks)
     for name, parameter in population.parameters.items():
         if population.layouts[name].kind in ("weight", "bias") and not (mask := nonzero(parameter)).all():
             masks[name] = mask
+    norms = [name for name, layout in population.layouts.items() if layout.kind == "normalization"]
+    if units is not None and any(not nonzero(population.parameters[name]).all() for name in norms):
+        for member in range(population.num_members):
+            tensors = {**population.parameters, **population.buffers}
+            facts = Facts({name: tensor[member].detach() for name, tensor in tensors.items()})
+            for name, silent in units.silent_norms(facts).items():
+                if name in norms:
+                    mask = masks[name].clone() if name in masks else torch.ones_like(population.parameters[name]).bool()
+                    mask[member] &= ~silent.to(mask.device)
+                    masks[name] = mask
     return replace(population, masks=masks)
 
 
@@ -166,41 +182,86 @@ def total_penalty(function: Callable[..., Tensor], layouts: dict[str, Layout], n
     return penalty
 
 
-def _masks(population: Population, rule: Rule) -> Tensors:
-    """The mask of every parameter that the rule is applied to: bool [members, *shape]."""
+def _masks(population: Population, rule: Rule, units: Units | None) -> Tensors:
+    """The mask of every parameter that the rule is applied to: bool [members, *shape].
+
+    A structural rule leaves the filters alone that are outputs of the network, or whose use is not known.
+    """
     layouts = population.layouts
     masks: Tensors = {}
-    for pool, views in _applied(rule.mask, population, rule):
+    fixed = _fixed(population, rule, units) if rule.structural and units is not None else {}
+    for pool, views in _applied(rule.mask, population, rule, fixed):
         for name in pool:
-            shape = tuple(population.parameters[name].shape[1:])
-            masks[name] = torch.stack([from_view(view, layouts[name], shape) for view in views[name]])
+            shape, view = tuple(population.parameters[name].shape[1:]), views[name]
+            if name in fixed:  # of a rule that does not ask which filters stay, too
+                view = view | (view.any(2, keepdim=True).any(4, keepdim=True) & fixed[name][None, :, :, None, None])
+            masks[name] = torch.stack([from_view(each, layouts[name], shape) for each in view])
     if rule.structural:
-        for name, mask in _bias_masks(population, masks).items():
+        for name, mask in _masks_beside(population, masks, fixed, rule, units).items():
             if name not in rule.excluded:
                 masks[name] = mask & masks[name] if name in masks else mask
     return masks
 
 
-def _bias_masks(population: Population, masks: Tensors) -> Tensors:
-    """The masks of the biases beside masked weights: a filter that goes takes its bias."""
+def _fixed(population: Population, rule: Rule, units: Units) -> Tensors:
+    """The filters [groups, outputs] that a structural rule leaves alone, by weight."""
     found = {}
-    for name, mask in masks.items():
-        bias = bias_of(name)
-        if population.layouts[name].kind == "weight" and bias in population.parameters and bias != name:
-            views = [to_view(member, population.layouts[name]) for member in mask]
-            found[bias] = torch.stack([view.any(3).any(2).flatten() for view in views])
+    for name in (name for pool, _ in rule.pools for name in pool if population.layouts[name].kind == "weight"):
+        shape = to_view(population.parameters[name][0], population.layouts[name]).shape[:2]
+        rows = units.fixed_rows(name, shape.numel())
+        if rows.any():
+            found[name] = rows.view(shape).to(population.device)
     return found
 
 
-def _applied(method: Method, population: Population, rule: Rule) -> list[tuple[list[str], Any]]:
-    """A function of views and sensitivity applied to each pool of parameters of every member."""
-    layouts = population.layouts
+GO_ALONG = ("weight", "bias", "normalization", "scale")  # kinds of parameters that may go with a filter
+
+
+def _masks_beside(population: Population, masks: Tensors, fixed: Tensors, rule: Rule, units: Units | None) -> Tensors:
+    """The masks of what goes with filters: biases, and the normalisations, scales and depthwise rows behind them."""
+    rows, found = {}, {}
+    for name, mask in masks.items():
+        if population.layouts[name].kind != "weight":
+            continue
+        views = [to_view(member, population.layouts[name]) for member in mask]
+        kept = torch.stack([view.any(3).any(2).flatten() for view in views])
+        if name in fixed:
+            kept = kept | fixed[name].flatten()
+        rows[name] = ~kept
+        bias = bias_of(name)
+        if bias in population.parameters and bias != name:
+            found[bias] = kept
+    if units is None:
+        return found
+    free = {name for name, layout in population.layouts.items() if layout.kind in GO_ALONG} - rule.excluded
+    for member in range(population.num_members):
+        going = units.going({name: each[member].cpu() for name, each in rows.items()}, free)
+        for (name, axis), went in going.items():
+            parameter = population.parameters[name]
+            if went.any():
+                mask = found.setdefault(name, torch.ones_like(parameter, dtype=torch.bool))
+                mask[member].movedim(axis, 0)[went.to(mask.device)] = False
+    return found
+
+
+def _applied(
+    method: Method, population: Population, rule: Rule, fixed: Mapping[str, Tensor] = MappingProxyType({})
+) -> list[tuple[list[str], Any]]:
+    """A function of views and sensitivity applied to each pool of parameters of every member.
+
+    fixed: by name, filters that stay; of use to a function that asks for them.
+    """
+    layouts, asks = population.layouts, "fixed" in inspect.signature(method.function).parameters
 
     def one(parameters: Tensors, sensitivity: Tensor, numbers: Tensors) -> Any:
         views = {name: to_view(parameter, layouts[name]) for name, parameter in parameters.items()}
         if rule.whole:
             return method.function(views, sensitivity=sensitivity, **numbers)
-        return {name: method.function(view, sensitivity=sensitivity, **numbers) for name, view in views.items()}
+        more = {name: {"fixed": fixed[name]} if asks and name in fixed else {} for name in views}
+        return {
+            name: method.function(view, sensitivity=sensitivity, **more[name], **numbers)
+            for name, view in views.items()
+        }
 
     mapped = over_members(one, population.num_members, (0, 0, 0))
     return [
@@ -230,7 +291,7 @@ def rehearse(population: Population, parts: Ingredients) -> None:
         value = parts.penalty.function(one, **{name: number[0] for name, number in parts.penalty.numbers.items()})
         if value.shape != ():
             raise ConfigError(f"reg.penalty must give a scalar, got one of shape {list(value.shape)}")
-    masks = _masks(population, parts.rule)
+    masks = _masks(population, parts.rule, parts.units)
     _thresholds(population, parts.rule)
     for name, mask in masks.items():
         if mask.dtype is not torch.bool:

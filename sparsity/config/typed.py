@@ -18,7 +18,7 @@ from sparsity.kinds import Range
 
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
-GIVEN = ("input_shape", "num_classes", "sensitivity")  # what the pipeline passes, not the YAML
+GIVEN = ("input_shape", "num_classes", "sensitivity", "fixed")  # what the pipeline passes, not the YAML
 
 
 def check(key: str, value: Any, kind: Any, trusted: Sequence[str] = TRUSTED) -> Any:

@@ -282,9 +282,10 @@ def ingredients(
         splits=splits,
         loops=loops,
         penalty=_penalty(runs, population.layouts, device),
-        rule=_rule(runs, population.layouts, device, units),
+        rule=_rule(runs, population.layouts, device),
         seeds=[run.seed for run in runs],
         watcher=lambda stage: _watch(loops[stage], stage, len(splits.train)),
+        units=units,
     )
 
 
@@ -371,7 +372,7 @@ def _method(calls: Sequence[schema.Call], device: torch.device) -> stages.Method
     return stages.Method(partial(calls[0].function, **shared), floats)
 
 
-def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device, units: Units | None) -> stages.Rule:
+def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device) -> stages.Rule:
     """The pruning rule of all members, its parameters in pools of one sensitivity a member."""
     rule = runs[0].prune
     _check_layers(rule, layouts)
@@ -391,7 +392,6 @@ def _rule(runs: Sequence[Run], layouts: dict[str, Layout], device: torch.device,
         structural=rule.structural,
         pools=pools,
         excluded=frozenset(name for name in layouts if any(_is_in(name, layer) for layer in rule.exclude)),
-        units=units if rule.structural else None,
     )
 
 

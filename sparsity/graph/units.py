@@ -291,11 +291,16 @@ class Units:
         with one_thread():
             return self._kept(facts)
 
-    def _kept(self, facts: Facts) -> Tensor:
+    def _speaking(self, facts: Facts) -> Tensor:
+        """Which slots may be other than 0."""
         speaks = torch.zeros(len(self.of), dtype=torch.bool)
         speaks[ANYTHING] = True
         for node in self.nodes:
             node.speak(speaks, facts)
+        return speaks
+
+    def _kept(self, facts: Facts) -> Tensor:
+        speaks = self._speaking(facts)
         heard = torch.zeros_like(speaks)
         heard[self.heard] = True
         for node in reversed(self.nodes):
@@ -318,6 +323,18 @@ class Units:
         for node in self.nodes:
             node.go(gone, rows, free, with_it)
         return with_it
+
+    def silent_norms(self, facts: Facts) -> Tensors:
+        """Which entries of scales and shifts are 0 together behind what is 0 too: bool by name."""
+        speaks = self._speaking(facts)
+        found: Tensors = {}
+        for node in self.nodes:
+            if isinstance(node, Scale) and node.factor is not None and node.shift is not None and not node.always:
+                is_silent = ~(speaks[node.ins] | facts.along(node.factor) | facts.along(node.shift))
+                for entry in (node.factor, node.shift):
+                    mask = found.setdefault(entry.name, torch.zeros(entry.size, dtype=torch.bool))
+                    mask[entry.index[is_silent]] = True
+        return found
 
     def fixed_rows(self, weight: str, size: int) -> Tensor:
         """Which rows of a weight no group rule may take: those of outputs, and of units of unknown use; bool [size]."""
