@@ -61,6 +61,7 @@ class Ingredients:
     seeds: list[int]
     watcher: Callable[[str], Watcher]
     units: Units | None = None  # of the network; None where they are not known
+    image_bytes: int = 0  # what evaluating one image of one member takes; 0: no bound
 
     def take(self, members: list[int]) -> "Ingredients":
         """The ingredients of some of the members."""

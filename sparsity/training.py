@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from sparsity.capture import Way
-from sparsity.data import Files, Images, Splits, count_batches
-from sparsity.population import Population, choose, over_members
-from sparsity.step import Penalty, Step, arrangement, cuda_devices, leaves, outputs
-from sparsity.tensors import Tensors
-
-EVALUATION_BATCH = 500  # images: large enough to fill the cores, small enough to stay in their caches
+from sparsity.data import Splits, count_batches
+from sparsity.evaluation import evaluate, images_at_once
+from sparsity.population import Population, choose
+from sparsity.step import Penalty, Step, cuda_devices, leaves
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,7 @@ class Loop:
     precision: torch.dtype = torch.float32
     way: Way = "eager"  # how a step is computed: the same numbers up to rounding
     elementwise: bool = True  # whether the optimizer moves every entry by its own gradients alone
+    image_bytes: int = 0  # what evaluating one image of one member takes; 0: no bound
 
 
 class Epoch(NamedTuple):
@@ -86,15 +85,16 @@ def train(
     population = leaves(population)
     step = Step(population, splits, penalty, loop.optimizer, precision=loop.precision, way=loop.way)
     memory = _Memory(population, select and splits.validation is not None)
+    at_once = images_at_once(population, loop.batch_size, loop.image_bytes)
     if select:
-        memory.add(_measure(0, population, splits, time.perf_counter(), test=True), population, watcher)
+        memory.add(_measure(0, population, splits, time.perf_counter(), at_once, test=True), population, watcher)
     # a module that draws random numbers does so from the member's own state
     with torch.random.fork_rng(devices=cuda_devices(population)):
         torch.manual_seed(generators[0].initial_seed())
         for epoch in range(1, loop.epochs + 1):
             start = time.perf_counter()
             sums = _run_epoch(epoch, population, loop, generators, step, watcher)
-            row = _measure(epoch, population, splits, start, test=select, sums=sums, lr=step.rate)
+            row = _measure(epoch, population, splits, start, at_once, test=select, sums=sums, lr=step.rate)
             memory.add(row, population, watcher)
             if memory.all_diverged:
                 break
@@ -122,28 +122,12 @@ def _run_epoch(
     return sums / num_images
 
 
-def evaluate(population: Population, data: Images | Files, splits: Splits) -> list[float]:
-    """The accuracy of every member on a set, in [0, 1], in the weights' own precision; all see the same images."""
-    module = population.module.eval()
-
-    def correct(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
-        return (outputs(module, parameters, buffers, images, torch.float32).argmax(1) == labels).sum()
-
-    counted = over_members(correct, population.num_members, (0, 0, None, None))
-    arrange = arrangement(population)
-    total = torch.zeros(population.num_members, dtype=torch.long, device=population.device)
-    with torch.no_grad():
-        for batch in data.batches(torch.arange(len(data)).unsqueeze(0), EVALUATION_BATCH):
-            images = arrange(splits.scale(batch.images)).squeeze(0)
-            total += counted(population.parameters, population.buffers, images, batch.labels.squeeze(0))
-    return (total.double() / len(data)).tolist()
-
-
 def _measure(
     epoch: int,
     population: Population,
     splits: Splits,
     start: float,
+    at_once: int,
     *,
     test: bool,
     sums: Tensor | None = None,
@@ -153,8 +137,8 @@ def _measure(
     loss, penalty, objective = (None, None, None) if sums is None else sums.tolist()
     validation = None
     if splits.validation is not None:
-        validation = evaluate(population, splits.validation, splits)
-    tested = evaluate(population, splits.test, splits) if test else None
+        validation = evaluate(population, splits.validation, splits, at_once)
+    tested = evaluate(population, splits.test, splits, at_once) if test else None
     return Epoch(epoch, loss, penalty, objective, validation, tested, lr, time.perf_counter() - start)
 
 

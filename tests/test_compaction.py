@@ -12,9 +12,10 @@ from torch.func import functional_call
 from sparsity import models, stages
 from sparsity.compaction import Compacted, compact
 from sparsity.data import Files, Images, Splits
+from sparsity.evaluation import evaluate
 from sparsity.population import PARTS, stack
 from sparsity.schedules import learning_rate
-from sparsity.training import Loop, Watcher, evaluate
+from sparsity.training import Loop, Watcher
 
 SIZE = 20  # of an image
 

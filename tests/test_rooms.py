@@ -13,6 +13,7 @@ LEVELS = [
     {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},
     {"step"},
+    {"evaluation"},
     {"training", "accounting", "compaction"},
     {"stages", "config", "results", "console", "store"},
     {"experiment"},

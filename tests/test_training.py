@@ -9,12 +9,13 @@ import torch
 
 from sparsity import training
 from sparsity.data import Images, Splits
+from sparsity.evaluation import evaluate
 from sparsity.models import build
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import total_penalty
 from sparsity.step import Penalty, try_step
-from sparsity.training import Loop, evaluate, train
+from sparsity.training import Loop, train
 
 
 def splits(num=64, seed=0):
@@ -143,7 +144,7 @@ def test_selection_takes_the_earliest_best_validation_epoch():
 def scripted(monkeypatch, validation, test, data):
     """Has evaluation give these accuracies, one row an epoch and one entry a member."""
     rows = {id(data.validation): iter(validation), id(data.test): iter(test)}
-    monkeypatch.setattr(training, "evaluate", lambda population, part, splits: next(rows[id(part)]))
+    monkeypatch.setattr(training, "evaluate", lambda population, part, splits, at_once: next(rows[id(part)]))
 
 
 def test_selection_is_on_validation_and_takes_the_earliest_of_equals(monkeypatch):

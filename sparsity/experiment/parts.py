@@ -18,6 +18,7 @@ from sparsity.capture import Way, is_known
 from sparsity.config import Run
 from sparsity.data import Files, Images, Source, Splits, as_source, count_batches, file_state, split, state_of
 from sparsity.errors import ConfigError, DataError, SparsityError, reason
+from sparsity.evaluation import image_bytes
 from sparsity.experiment.precision import PRECISIONS, precision_of
 from sparsity.graph import Layer, Units
 from sparsity.memory import free_bytes
@@ -277,15 +278,17 @@ def ingredients(
 ) -> Ingredients:
     """What the stages of the runs' population are made of."""
     first = runs[0]
+    num_bytes = image_bytes(population, splits)
     loops = {stage: _loop(first, stage, population, splits) for stage in first.stages if stage != "prune"}
     return Ingredients(
         splits=splits,
-        loops=loops,
+        loops={stage: replace(loop, image_bytes=num_bytes) for stage, loop in loops.items()},
         penalty=_penalty(runs, population.layouts, device),
         rule=_rule(runs, population.layouts, device),
         seeds=[run.seed for run in runs],
         watcher=lambda stage: _watch(loops[stage], stage, len(splits.train)),
         units=units,
+        image_bytes=num_bytes,
     )
 
 

@@ -18,6 +18,7 @@ from sparsity import console, results
 from sparsity.accounting import Report, account
 from sparsity.config import Run
 from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
+from sparsity.evaluation import evaluate, images_at_once
 from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of
 from sparsity.experiment.precision import precision_of
@@ -28,7 +29,7 @@ from sparsity.results import plots
 from sparsity.stages import Ingredients
 from sparsity.store import Kept, Store
 from sparsity.tables import say_parts
-from sparsity.training import Epoch, evaluate
+from sparsity.training import Epoch
 from sparsity.weights import write_state
 
 log = logging.getLogger("sparsity")
@@ -236,8 +237,9 @@ class Record:
     def _measure(self, population: Population) -> list[dict[str, float | None]]:
         """Validation and test accuracy of every member as it is now."""
         held_out = self.splits.validation
-        validation = None if held_out is None else evaluate(population, held_out, self.splits)
-        test = evaluate(population, self.splits.test, self.splits)
+        at_once = images_at_once(population, self.run.schedule.batch_size, self.parts.image_bytes)
+        validation = None if held_out is None else evaluate(population, held_out, self.splits, at_once)
+        test = evaluate(population, self.splits.test, self.splits, at_once)
         return [{"validation": validation and validation[index], "test": value} for index, value in enumerate(test)]
 
     def _take(self, stage: str, member: Member, kept: Kept) -> None:
