@@ -5,13 +5,19 @@ import csv
 import json
 import logging
 import math
+import shlex
 import statistics
 import subprocess
 import sys
 
+import hydra
 import pytest
-from conftest import ROOT
+from conftest import ROOT, slow
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from sparsity import config
 from sparsity.errors import ConfigError
 from sparsity.results import page, pareto, table
 from sparsity.results.__main__ import main
@@ -59,7 +65,9 @@ def put(folder, overrides, *arguments, **numbers):
     """A finished member."""
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps(made(overrides, *arguments, **numbers)))
-    (folder / "model.safetensors").write_bytes(b"the network of " + " ".join(overrides).encode())
+    (folder / "model.safetensors").write_bytes(
+        b"the network of " + " ".join(overrides).encode("utf-8", "surrogatepass")
+    )
     return folder
 
 
@@ -521,3 +529,157 @@ def test_the_front_of_points_keeps_equal_ones(tmp_path):
     for place in range(2):
         put(tmp_path / str(place), [f"sensitivity={place}"])
     assert len(front_of(read([tmp_path]).points, ["accuracy", "compression"])) == 2
+
+
+# --- what names hold, and what cannot be drawn ------------------------------------------------------------------------
+
+
+def test_two_seeds_are_shown_as_they_are(tmp_path, capsys):
+    for seed, test in enumerate((0.97, 0.98)):
+        put(tmp_path / str(seed), ["sensitivity=1", f"seed={seed}"], test, test, 10.0 + seed)
+    table.show(summarise([tmp_path]))
+    said = capsys.readouterr().out
+    assert "97.00, 98.00%" in said and "98.00% ±" not in said
+    point = json.loads((tmp_path / "front.json").read_text())["points"][0]["accuracy"]["test"]
+    assert point == {"mean": pytest.approx(0.975), "interval": None, "seeds": [0.97, 0.98]}
+    shown = view(tmp_path)
+    assert shown.spots[0].seeds == [(10.0, 0.97), (11.0, 0.98)] and not shown.spots[0].y_interval
+    axis = pareto.figure_of(shown).axes[0]
+    assert not axis.containers and axis.get_ylim()[0] < 0.97 and axis.get_ylim()[1] > 0.98
+    assert axis.get_xlim()[0] < 10 and axis.get_xlim()[1] > 11
+    assert pareto.notes(shown) == ["means over 2 seeds; dots: each of them"]
+    node = content_of(page.page_of(shown, read([tmp_path])))
+    assert [trace["y"] for trace in node["traces"] if trace["name"] == "each of 2 seeds"] == [[0.97, 0.98]]
+
+
+def dense(accuracy):
+    """The accuracies of a result whose dense network is known."""
+    known = {"validation": accuracy, "test": accuracy}
+    return {"accuracy": {"dense": known, "final": {"validation": 0.98, "test": 0.975}, "best": {"test": 0.98}}}
+
+
+def test_the_dense_accuracy_is_a_line(tmp_path):
+    for seed, accuracy in enumerate((0.982, 0.984)):
+        for decay in ("1", "2"):  # which share the dense network of their seed
+            put(tmp_path / f"{decay}-{seed}", [f"reg.decay={decay}", f"seed={seed}"], **dense(accuracy))
+    shown = view(tmp_path)
+    assert shown.dense == [("dense", pytest.approx(0.983))] and shown.heights[1] > 0.983
+    line = next(line for line in pareto.figure_of(shown).axes[0].get_lines() if "dense" in line.get_label())
+    assert line.get_label() == "dense, 98.30 %" and line.get_ydata() == pytest.approx([0.983, 0.983])
+    shape = content_of(page.page_of(shown, read([tmp_path])))["layout"]["shapes"][0]
+    assert shape["y0"] == shape["y1"] == pytest.approx(0.983) and shape["label"]["text"] == "dense, 98.30%"
+
+
+def test_each_network_has_its_dense_line(tmp_path):
+    networks = {("lenet5", "[1]"): 0.99, ("mlp", "[1]"): 0.97, ("mlp", "[2]"): 0.98}
+    for place, ((model, hidden), accuracy) in enumerate(networks.items()):
+        put(tmp_path / str(place), [f"model={model}", f"model.factory.hidden={hidden}"], **dense(accuracy))
+    put(tmp_path / "3", ["model=lenet300"])  # was not trained dense
+    found = {entry.label: entry.y for entry in view(tmp_path).dense}
+    assert found == {
+        f"dense, model={model}, model.factory.hidden={hidden}": pytest.approx(y)
+        for (model, hidden), y in networks.items()
+    }
+
+
+def test_bars_are_whole_where_there_is_room(sweep):
+    axis = pareto.figure_of(view(sweep)).axes[0]
+    spots = view(sweep).spots
+    assert axis.get_xlim()[1] > max(spot.x + spot.x_interval for spot in spots)
+    assert axis.get_ylim()[0] < min(spot.y - spot.y_interval for spot in spots)
+
+
+def test_axes_of_accuracy_end_at_100_percent(tmp_path):
+    for place in range(3):
+        put(tmp_path / str(place), [f"sensitivity={place}"], 1.0, 1.0)
+    assert view(tmp_path).heights[1] == 1.0
+
+
+def content_of(text):
+    """What the script of a page reads, as a browser finds it: up to the first end of a script."""
+    return json.loads(text.split('type="application/json">')[1].split("</script>")[0])
+
+
+# a name that ends or begins a script, one that the template stands on, others that HTML, JSON or formulas take amiss
+HOSTILE = ["</script><b>", "<!--<script>", "/*PLOTLY*/", "/*CONTENT*/", "'\"&amp;\\", "\u2028$x_{", "\ud800", "网"]
+
+
+@pytest.mark.parametrize("name", [*HOSTILE[:1], *slow(*HOSTILE[1:])])
+def test_the_page_holds_whatever_a_name_does(name, tmp_path):
+    for place in range(2):
+        put(tmp_path / str(place), [f"name={name}{place}", "seed=0"])
+    summarise([tmp_path])
+    text = (tmp_path / "pareto.html").read_text(encoding="utf-8")
+    node = content_of(text)
+    assert [point["overrides"][0] for point in node["points"]] == [f"name={name}0", f"name={name}1"]
+    assert text.count("<script") == page.page_of(view(tmp_path), read([tmp_path])).count("<script") == clean_scripts()
+    assert (tmp_path / "pareto.png").stat().st_size > 10_000
+
+
+def clean_scripts():
+    """How many scripts the page begins, with nothing in it."""
+    from plotly.offline import get_plotlyjs
+
+    return (page.TEMPLATE.read_text(encoding="utf-8") + get_plotlyjs()).count("<script")
+
+
+def test_the_page_can_be_read_where_a_number_is_missing(tmp_path):
+    put(tmp_path / "0", ["sensitivity=1"], validation=None)
+    assert content_of(page.page_of(view(tmp_path), read([tmp_path])))["points"][0]["objectives"]["accuracy"] is None
+
+
+@pytest.mark.parametrize("compression", [None, 1.0])
+def test_points_that_are_all_one_are_drawn(compression, tmp_path):
+    put(tmp_path / "0", ["sensitivity=1"], 0.98, 0.97, compression)
+    summarise([tmp_path])
+    assert (tmp_path / "pareto.png").exists() and (tmp_path / "pareto.html").exists()
+
+
+# --- the line that runs a point again ---------------------------------------------------------------------------------
+
+
+def words(point):
+    """A line as a shell takes it apart, without the program."""
+    first, second, *rest = shlex.split(point.command)
+    assert (first, second) == ("python", "main.py")
+    return rest
+
+
+SWEPT = [
+    "prune.exclude=[fc1],[fc2,fc3]",
+    "threads=null,1",
+    "data.root='a b','c,d',\"it's\",'$x'",
+    "reg.apply_to=[weight],[weight,bias]",
+    "data.root=choice('choice(1,2)','glob(*)','[1]')",
+    "seed=range(0,3)",
+    "reg=glob(*hs)",
+    "prune.layers={fc1:0.1},{}",
+]
+
+
+@pytest.mark.parametrize("typed", [*SWEPT[:1], *slow(*SWEPT[1:])])
+def test_a_line_runs_one_member_and_no_sweep(typed, tmp_path):
+    with hydra.initialize_config_dir(config_dir=str(ROOT / "conf")):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        (jobs,) = BasicSweeper.split_arguments(parser.parse_overrides([typed, "sensitivity=0.5"]), None)
+    assert len(jobs) > 1
+    for place, job in enumerate(jobs):
+        put(tmp_path / str(place) / "0", job)
+        (point,) = read([tmp_path / str(place)]).points
+        assert not config.swept_keys(words(point)) and config.count_members(words(point)) == 1
+        assert config.compose(words(point))[0] == config.compose(job)[0]
+
+
+def test_a_line_for_several_seeds_runs_these_alone(tmp_path):
+    for seed in (3, 5):
+        put(tmp_path / str(seed), ["experiment=mine", f"++seed={seed}"], flags=["--config-dir=/a b"])
+    (point,) = read([tmp_path]).points
+    assert point.command == "python main.py -m '--config-dir=/a b' experiment=mine ++seed=3,5"
+
+
+def test_a_line_names_the_sweeper_whose_keys_an_experiment_sets(tmp_path):
+    for seed in (3, 5):
+        put(tmp_path / str(seed), ["experiment=mine", f"seed={seed}"], flags=["hydra/sweeper=search"])
+    (point,) = read([tmp_path]).points
+    one = "python main.py hydra/sweeper=search experiment=mine seed="
+    assert point.command == f"{one}3 && {one}5"

@@ -37,6 +37,7 @@ from sparsity.store import Store
 
 log = logging.getLogger("sparsity")
 
+SWEEPER = "hydra/sweeper"
 Outcome = dict[str, Any] | SparsityError
 
 
@@ -190,7 +191,20 @@ def _job(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[
         log.warning(f"warning: {line}")
     overrides = [entry for entry in hydra.overrides.task if not entry.startswith("search=")]
     whole = OmegaConf.to_container(composed, resolve=True)
-    return Job(checked, folder, whole, idle, overrides, _is_sweep(hydra))
+    return Job(checked, folder, whole, idle, overrides, _flags(hydra), _is_sweep(hydra))
+
+
+def _flags(hydra: DictConfig) -> list[str]:
+    """What a command line needs beside the overrides to run a job by itself: where further YAMLs lie, and which."""
+    own = hydra.runtime
+    sources = [] if OmegaConf.is_missing(own, "config_sources") else own.config_sources  # of a composition by Python
+    folders = [source.path for source in sources if source.provider == "command-line"]
+    flags = [f"--config-dir={folder}" for folder in folders]
+    if hydra.job.config_name not in (None, "config"):
+        flags.append(f"--config-name={hydra.job.config_name}")
+    if own.choices.get("experiment") and own.choices.get(SWEEPER, "basic") != "basic":
+        flags.append(f"{SWEEPER}={own.choices[SWEEPER]}")  # whose keys the experiment may set
+    return flags
 
 
 def _is_sweep(hydra: DictConfig) -> bool:

@@ -67,6 +67,7 @@ class Job:
     config: Any = None
     notes: Sequence[str] = ()
     overrides: Sequence[str] = ()  # of the command line: those that run the member by itself
+    flags: Sequence[str] = ()  # of the command line, before the overrides
     in_sweep: bool = False  # says one line on the terminal, not two tables
     number: int = 0  # among the jobs that run together
 
@@ -323,7 +324,8 @@ class Record:
             console.show_report("as given" if last is None else f"after {last}", report)
 
     def _result(self, member: Member, report: Report) -> dict[str, Any]:
-        run, epoch = member.job.run, member.selected_epoch
+        job, run, epoch = member.job, member.job.run, member.selected_epoch
+        typed = [*job.flags, *job.overrides]
         return {
             "format": results.FORMAT,
             "name": run.name,
@@ -338,9 +340,10 @@ class Record:
             "computed_with": member.computed_with,
             "keys": {stage: key.key for stage, key in member.keys.items()},
             "warnings": member.warnings,
-            "overrides": list(member.job.overrides),
-            "environment": results.environment(self.device, precision_of(run, self.device), member.job.overrides),
-            "config": member.job.config,
+            "overrides": list(job.overrides),
+            "flags": list(job.flags),
+            "environment": results.environment(self.device, precision_of(run, self.device), typed),
+            "config": job.config,
         }
 
 

@@ -132,7 +132,7 @@ def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """`layers.csv`, then `result.json`: the last file of a run, which proves all others."""
     rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
     write_text(folder / "layers.csv", csv_text(LAYER_FIELDS, rows), durable=True)
-    text = json.dumps(_finite(result), indent=1, allow_nan=False, default=str) + "\n"
+    text = json.dumps(finite(result), indent=1, allow_nan=False, default=str) + "\n"
     write_text(folder / "result.json", text, durable=True)
 
 
@@ -158,12 +158,12 @@ def clear_failure(folder: Path) -> None:
         (folder / FAILURE).unlink(missing_ok=True)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """A tree of containers with null for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
+        return {key: finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
+        return [finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

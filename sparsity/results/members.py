@@ -41,6 +41,11 @@ class Member:
             return "done"
         return "failed" if (self.folder / FAILURE).exists() else "unfinished"
 
+    @property
+    def flags(self) -> list[str]:
+        """What the command line that runs the member by itself has before the overrides."""
+        return list((self.result or {}).get("flags", ()))
+
     @functools.cached_property
     def settings(self) -> dict[str, str]:
         """The overrides as keys and values; of a key that is given twice the last one holds."""

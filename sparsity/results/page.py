@@ -3,18 +3,21 @@
 import html
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.files import write_text
-from sparsity.results import macs_left
+from sparsity.results import finite, macs_left
 from sparsity.results.pareto import (
     LABELS,
     LOG_SPAN,
     MARKERS,
+    MOST_DENSE,
     NUM_SHADES,
     PUBLISHED_KINDS,
     Colours,
+    Dense,
     View,
     bar_ticks,
     category,
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("pareto.html")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x")  # MARKERS, as plotly calls them
 PUBLISHED_SYMBOLS = {"element": "x-thin-open", "structured": "square-open"}
+DASHES = ("dash", "dot", "dashdot", "longdash")  # as plotly calls those of the picture
 DECADES = 12  # of tick marks
 
 
@@ -44,8 +48,9 @@ def page_of(view: View, summary: "Summary") -> str:
 
     details = [describe(spot.point, summary.objectives, summary.out) for spot in view.spots]
     content = {"traces": _traces(view, details), "layout": _layout(view), "points": details, "notes": notes(view)}
-    text = json.dumps(content).replace("</", "<\\/")  # such that no value ends the script
-    return TEMPLATE.read_text(encoding="utf-8").replace("/*CONTENT*/", text).replace("/*PLOTLY*/", get_plotlyjs())
+    text = json.dumps(finite(content), allow_nan=False)
+    parts = {"CONTENT": text.replace("<", r"\u003c"), "PLOTLY": get_plotlyjs()}  # such that no value ends the script
+    return re.sub(r"/\*(CONTENT|PLOTLY)\*/", lambda found: parts[found[1]], TEMPLATE.read_text(encoding="utf-8"))
 
 
 def _traces(view: View, details: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -66,7 +71,17 @@ def _traces(view: View, details: list[dict[str, Any]]) -> list[dict[str, Any]]:
         }
     ]
     points = [_trace(view, details, value, members, place) for place, (value, members) in enumerate(groups.items())]
-    return [*_published_traces(view), *lines, *points]
+    return [*_published_traces(view), *lines, *_seed_traces(view), *points]
+
+
+def _seed_traces(view: View) -> list[dict[str, Any]]:
+    """Each seed of points that have too few for an interval."""
+    seeds = [place for spot in view.spots if spot.y >= view.floor for place in spot.seeds]
+    if not seeds:
+        return []
+    x, y = zip(*seeds)
+    look = {"marker": {"size": 5, "color": "#999"}, "hoverinfo": "skip", "name": "each of 2 seeds"}
+    return [{"type": "scatter", "mode": "markers", "x": x, "y": y, **look}]
 
 
 def _published_traces(view: View) -> list[dict[str, Any]]:
@@ -122,7 +137,11 @@ def _colour_scale(colours: Colours) -> dict[str, Any]:
     scale = [[step / (NUM_SHADES - 1), to_hex(shade(step))] for step in range(NUM_SHADES)]
     place = math.log10 if colours.is_log else float
     ticks = bar_ticks(colours)
-    bar = {"title": {"text": colours.key, "side": "top"}, "tickvals": [*map(place, ticks)], "thickness": 14}
+    bar = {
+        "title": {"text": html.escape(colours.key), "side": "top"},
+        "tickvals": [*map(place, ticks)],
+        "thickness": 14,
+    }
     bar["ticktext"] = [f"{value:g}" for value in ticks]
     return {"color": [*map(place, colours.values)], "colorscale": scale, "colorbar": bar}
 
@@ -141,8 +160,9 @@ def _hover(detail: dict[str, Any]) -> str:
 def _percent(estimate: dict[str, float | None]) -> str:
     if estimate["mean"] is None:
         return "–"
-    interval = "" if estimate["interval"] is None else f" ± {100 * estimate['interval']:.2f}"
-    return f"{estimate['mean']:.2%}{interval}"
+    if estimate["interval"] is None:
+        return f"{', '.join(f'{100 * number:.2f}' for number in estimate['seeds'])}%"
+    return f"{estimate['mean']:.2%} ± {100 * estimate['interval']:.2f}"
 
 
 def _layout(view: View) -> dict[str, Any]:
@@ -155,7 +175,16 @@ def _layout(view: View) -> dict[str, Any]:
         "hovermode": "closest",
         "plot_bgcolor": "#fff",
         "margin": {"t": 60, "r": 20, "l": 80},
+        "shapes": [_line(dense, place) for place, dense in enumerate(view.dense[:MOST_DENSE])],
     }
+
+
+def _line(dense: Dense, place: int) -> dict[str, Any]:
+    """The accuracy of a dense network, across the picture."""
+    name = {"text": f"{html.escape(dense.label)}, {dense.y:.2%}", "font": {"size": 11, "color": "#555"}}
+    ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": dense.y, "y1": dense.y}
+    look = {"color": "#555", "width": 1, "dash": DASHES[place]}
+    return {"type": "line", **ends, "line": look, "layer": "below", "label": {**name, "textposition": "end"}}
 
 
 def _ticks(view: View) -> dict[str, Any]:

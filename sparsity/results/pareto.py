@@ -1,7 +1,6 @@
 """The front as a picture for a paper, `pareto.png`: accuracy against size."""
 
 import csv
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsity.files import whole
 from sparsity.results.members import SIZES, canonical
-from sparsity.results.points import TEST, Point, size_objective
+from sparsity.results.pictures import as_typed, drawing
+from sparsity.results.points import DENSE, FEWEST, TEST, Point, size_objective
 
 if TYPE_CHECKING:
     from sparsity.results.sweeps import Summary
@@ -34,6 +34,8 @@ EDGE = 0.025  # share of the axis at which a point below it is drawn
 LOG_SPAN = 10  # values that span more are coloured on a log scale
 MAX_TICKS = 6  # distinct values that the colour bar names one by one
 WORST_SHOWN, LEAST_SHOWN = 4, 0.02  # the axis goes down to this many times the best error, and so much below it
+LEAST_FACTOR = 1.5  # between the ends of the size's axis, as far as bars are to be shown
+MOST_DENSE, DASHES = 4, ("--", ":", "-.", (0, (8, 3)))  # lines of dense networks
 WIDTH, HEIGHT, LEGEND_LINE = 4.8, 3.5, 0.115  # inches
 DPI = 240
 SMALL, TINY = 7, 5.5  # points of type
@@ -47,6 +49,14 @@ class Spot(NamedTuple):
     x_interval: float
     y_interval: float
     point: Point
+    seeds: Sequence[tuple[float, float]] = ()  # where each seed lies, of too few for an interval
+
+
+class Dense(NamedTuple):
+    """A network before anything is pruned."""
+
+    label: str
+    y: float
 
 
 class Published(NamedTuple):
@@ -69,14 +79,29 @@ class View:
     floor: float  # accuracies below are drawn at the lower edge
     colours: "Colours"
     published: list[Published]
+    dense: list[Dense]
 
     @property
     def heights(self) -> tuple[float, float]:
-        """The ends of the y-axis; bars that are longer than half of it reach out of it."""
-        shown = [entry.y for entry in (*self.spots, *self.published) if entry.y >= self.floor]
-        span = max(shown, default=1.0) - min(shown, default=0.0)
-        tops = [spot.y + spot.y_interval for spot in self.spots if spot.y >= self.floor and spot.y_interval <= span / 2]
-        return limits([*shown, *tops])
+        """The ends of the y-axis, 100 % at most; bars that are longer than what it has to show reach out of it."""
+        seeds = [y for spot in self.spots for _, y in spot.seeds]
+        points = [entry.y for entry in (*self.spots, *self.published, *self.dense)]
+        shown = [y for y in (*points, *seeds) if y >= self.floor]
+        span = max(max(shown, default=1.0) - min(shown, default=0.0), LEAST_SHOWN)
+        bars = [spot for spot in self.spots if spot.y >= self.floor and spot.y_interval <= span]
+        ends = [max(spot.y + sign * spot.y_interval, self.floor) for spot in bars for sign in (-1, 1)]
+        low, high = limits([*shown, *ends])
+        return low, min(high, 1.0)
+
+    @property
+    def widths(self) -> tuple[float, float]:
+        """The ends of the x-axis, which is a log scale; bars longer than what it has to show reach out of it."""
+        seeds = [math.log(x) for spot in self.spots for x, _ in spot.seeds]
+        shown = [*(math.log(entry.x) for entry in (*self.spots, *self.published)), *seeds]
+        span = max(max(shown, default=1.0) - min(shown, default=0.0), math.log(LEAST_FACTOR))
+        bars = [(math.log(x - _left(spot)), math.log(x + spot.x_interval)) for spot in self.spots for x in [spot.x]]
+        ends = [end for bar in bars if bar[1] - bar[0] <= 2 * span for end in bar]
+        return limits([*shown, *ends], math.exp)
 
     def is_kept(self, spot: Spot) -> bool:
         """Whether a point is on the front."""
@@ -85,8 +110,7 @@ class View:
 
 def draw(path: Path, view: View) -> None:
     """The picture as a PNG file."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it speaks of its font cache
-    with whole(path) as temporary:
+    with drawing(), whole(path) as temporary:
         figure_of(view).savefig(temporary, dpi=DPI, format="png")
 
 
@@ -99,14 +123,33 @@ def view_of(summary: "Summary", color_by: str | None, published: bool) -> View:
     front = sorted((spots[id(point)] for point in summary.front if id(point) in spots), key=lambda spot: spot.x)
     found = list(spots.values())
     colours = colours_of([spot.point for spot in found], color_by or _first_varied(summary))
-    return View(size, found, front, len(summary.points) - len(found), _floor(heights), colours, others)
+    hidden = len(summary.points) - len(found)
+    return View(size, found, front, hidden, _floor(heights), colours, others, dense_of(summary.points))
 
 
 def _spot(point: Point, size: str) -> Spot | None:
     x, y = point.estimate(SIZES[size]), point.estimate(TEST)
     if not x.mean or y.mean is None:
         return None
-    return Spot(x.mean, y.mean, x.interval or 0.0, y.interval or 0.0, point)
+    has_dots = 1 < len(point.members) < FEWEST
+    seeds = list(zip(point.numbers(SIZES[size]), point.numbers(TEST))) if has_dots else []
+    return Spot(x.mean, y.mean, x.interval or 0.0, y.interval or 0.0, point, seeds)
+
+
+def dense_of(points: Sequence[Point]) -> list[Dense]:
+    """The test accuracy of each network before it is pruned, the mean over what differs: seeds, or their training."""
+    keys = sorted({key for point in points for key in point.members[0].settings if key.split(".")[0] == "model"})
+    found: dict[tuple[str | None, ...], set[tuple[str | None, float]]] = {}
+    for point in points:
+        network = tuple(point.value(key) for key in keys)
+        numbers = zip(point.members, point.numbers(DENSE))
+        found.setdefault(network, set()).update((member.seed, each) for member, each in numbers if each is not None)
+    means = {network: math.fsum(each for _, each in seeds) / len(seeds) for network, seeds in found.items() if seeds}
+    varied = [place for place, values in enumerate(zip(*means)) if len(set(values)) > 1]
+    return [
+        Dense(", ".join(["dense", *(f"{keys[place]}={network[place]}" for place in varied)]), mean)
+        for network, mean in means.items()
+    ]
 
 
 def _floor(accuracies: Sequence[float]) -> float:
@@ -185,6 +228,7 @@ def figure_of(view: View) -> Any:
     axis = figure.subplots()
     _set_axes(axis, view)
     _draw_front(axis, view)
+    _draw_dense(axis, view)
     _draw_published(axis, view)
     _draw_points(axis, view)
     _add_legend(figure, axis, view)
@@ -195,7 +239,7 @@ def figure_of(view: View) -> Any:
 
 def _set_axes(axis: Any, view: View) -> None:
     axis.set_xscale("log")
-    axis.set_xlim(*limits([math.log(entry.x) for entry in (*view.spots, *view.published)], math.exp))
+    axis.set_xlim(*view.widths)
     axis.set_ylim(*view.heights)
     axis.set_xlabel(LABELS[view.size], fontsize=SMALL + 1)
     axis.set_ylabel("test accuracy", fontsize=SMALL + 1)
@@ -241,23 +285,36 @@ def _draw_front(axis: Any, view: View) -> None:
         line[0].set_label("front, selected on validation")
 
 
+def _draw_dense(axis: Any, view: View) -> None:
+    for place, dense in enumerate(view.dense[:MOST_DENSE]):
+        name = as_typed(f"{dense.label}, {100 * dense.y:.2f} %")
+        axis.axhline(dense.y, color="0.35", linewidth=0.8, linestyle=DASHES[place], zorder=1.2, label=name)
+
+
 def _draw_points(axis: Any, view: View) -> None:
     for spot, (colour, marker) in zip(view.spots, _looks(view)):
         kept = view.is_kept(spot)
         look = {"s": 20, "color": colour, "zorder": 4 if kept else 3, "linewidths": 0.8 if kept else 0}
         look |= {"edgecolors": "black"} if kept else {}
+        look["clip_on"] = False  # at 100 %, the end of the axis, a point is whole
         if spot.y < view.floor:
             axis.scatter([spot.x], [EDGE], marker="v", transform=axis.get_xaxis_transform(), **look)
             continue
         if spot.y_interval:
             _draw_bars(axis, spot, colour)
+        if spot.seeds:
+            axis.plot(*zip(*spot.seeds), color=colour, marker=".", markersize=3, linewidth=0.6, alpha=0.6, zorder=2.5)
         axis.scatter([spot.x], [spot.y], marker=marker, **look)
 
 
 def _draw_bars(axis: Any, spot: Spot, colour: Any) -> None:
-    left = min(spot.x_interval, 0.9 * spot.x)  # a log axis ends above 0
-    bars = {"xerr": [[left], [spot.x_interval]], "yerr": spot.y_interval}
+    bars = {"xerr": [[_left(spot)], [spot.x_interval]], "yerr": spot.y_interval}
     axis.errorbar([spot.x], [spot.y], fmt="none", ecolor=colour, elinewidth=0.6, alpha=0.5, zorder=2.5, **bars)
+
+
+def _left(spot: Spot) -> float:
+    """The length of the bar to the left: a log axis ends above 0."""
+    return min(spot.x_interval, 0.9 * spot.x)
 
 
 def _looks(view: View) -> list[tuple[Any, str]]:
@@ -291,7 +348,9 @@ def _add_legend(figure: Any, axis: Any, view: View) -> None:
         for place, value in enumerate(view.colours.categories):
             colour, marker = category(place)
             handles.append(
-                Line2D([], [], linestyle="", color=colour, marker=marker, markersize=4, label=label(view, value))
+                Line2D(
+                    [], [], linestyle="", color=colour, marker=marker, markersize=4, label=as_typed(label(view, value))
+                )
             )
     for number, entry in enumerate(view.published, 1):
         handles.append(Line2D([], [], linestyle="", label=f"{number}  {entry.label}"))
@@ -323,7 +382,7 @@ def _add_colour_bar(figure: Any, axis: Any, colours: Colours) -> None:
     from matplotlib.cm import ScalarMappable
 
     bar = figure.colorbar(ScalarMappable(_norm(colours), shades()), ax=axis, pad=0.02, aspect=30)
-    bar.set_label(colours.key, fontsize=SMALL + 1)
+    bar.set_label(as_typed(colours.key), fontsize=SMALL + 1)
     bar.ax.tick_params(labelsize=SMALL)
     ticks = bar_ticks(colours)
     bar.set_ticks(ticks, labels=[f"{value:g}" for value in ticks])
@@ -348,6 +407,8 @@ def notes(view: View) -> list[str]:
     if num_seeds:
         seeds = "–".join(map(str, dict.fromkeys((num_seeds[0], num_seeds[-1]))))
         lines.append(f"means over {seeds} seeds; bars: 95 % intervals of the means")
+    if any(spot.seeds for spot in view.spots):
+        lines.append("means over 2 seeds; dots: each of them")
     low = [spot.y for spot in view.spots if spot.y < view.floor]
     if low:
         lines.append(f"▼: {len(low)} below the axis, down to {100 * min(low):.1f} %")

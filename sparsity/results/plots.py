@@ -1,12 +1,13 @@
 """Pictures of a run: training curves, density per layer, the weights before and after regularizing."""
 
-import logging
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparsity.files import whole
+from sparsity.results.pictures import as_typed, drawing
 from sparsity.tensors import Tensors
 from sparsity.training import Epoch
 
@@ -27,13 +28,13 @@ def draw_all(
     member: int,
 ) -> list[Path]:
     """The pictures that the run has something for; states: the weights before and after regularizing."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it speaks of its font cache
-    paths = [draw_density(folder / "density.png", layers, title)]
-    if any(histories.values()):
-        paths.append(draw_curves(folder / "curves.png", histories, title, member))
-    if states:
-        paths.append(draw_weights(folder / "weights.png", states, layers, title))
-    return paths
+    with drawing():
+        paths = [draw_density(folder / "density.png", layers, as_typed(title))]
+        if any(histories.values()):
+            paths.append(draw_curves(folder / "curves.png", histories, as_typed(title), member))
+        if any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
+            paths.append(draw_weights(folder / "weights.png", states, layers, as_typed(title)))
+        return paths
 
 
 def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Path:
@@ -57,13 +58,13 @@ def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Pa
         offset += len(rows)
         for axis in axes:
             axis.axvline(offset + 0.5, color="0.85", linewidth=0.8)
-    has_penalty = any(row.penalty and row.penalty[member] > 0 for history in histories.values() for row in history)
     for axis, name in zip(axes, ("cross-entropy", "penalty", "error")):
         axis.set_ylabel(name)
         axis.grid(axis="y", color="0.92")
-        axis.set_yscale("log" if name != "penalty" or has_penalty else "linear")
+        _set_scale(axis)
     axes[2].yaxis.set_major_formatter(_percent)
-    axes[2].yaxis.set_minor_formatter(_few_percents)
+    if axes[2].get_yscale() == "log":
+        axes[2].yaxis.set_minor_formatter(_few_percents)
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[2].set_xlabel("epoch, over all stages")
     axes[0].legend(frameon=False, ncols=3)
@@ -71,6 +72,19 @@ def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Pa
     axes[2].legend(handles=kinds, frameon=False, ncols=2)
     figure.suptitle(title)
     return _save(figure, path)
+
+
+def _set_scale(axis: Any) -> None:
+    """A log scale where there is anything to show on one: no error is left at 100 % accuracy, and no loss may be."""
+    heights = [
+        float(y) for line in axis.get_lines() if line.get_transform() is axis.transData for y in line.get_ydata()
+    ]
+    positive = [height for height in heights if 0 < height < math.inf]
+    if positive:
+        axis.set_yscale("log")
+        axis.set_ylim(min(positive) / 1.3, max(positive) * 1.3)  # a zero among them runs out at the bottom
+    else:
+        axis.set_ylim(-0.002, 0.05)
 
 
 def _draw_accuracy(axis: Any, rows: list[Any], offset: int, stage: str, marker: str | None, member: int) -> None:
@@ -96,18 +110,20 @@ def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:
     weights = [layer for layer in layers if layer["kind"] == "weight"]
     nonzero, total = (sum(layer[key] for layer in weights) for key in ("nonzero", "total"))
     names = [layer["name"].removesuffix(".weight") for layer in weights] + ["all weights"]
-    shares = [layer["density"] for layer in weights] + [nonzero / total]
+    shares = [layer["density"] for layer in weights] + [nonzero / total if total else 0.0]
     counts = [layer["nonzero"] for layer in weights] + [nonzero]
     figure = Figure(figsize=(8, max(2.5, 0.6 + 0.32 * len(names))), layout="constrained")
     axis = figure.subplots()
     colours = ["#4477aa"] * len(weights) + ["#bbbbbb"]
-    axis.barh(names, [max(share, 0) for share in shares], color=colours)
-    low = min((share for share in shares if share > 0), default=0.1)
-    axis.set_xlim(low / 3, 4)
+    places = range(len(names))
+    axis.barh(places, shares, color=colours)
+    axis.set_yticks(places, labels=[as_typed(name) for name in names])
     axis.set_xscale("log")
+    axis.set_xlim(min((share for share in shares if share > 0), default=0.1) / 3, 1)
     axis.xaxis.set_major_formatter(_percent)
     for row, (share, count) in enumerate(zip(shares, counts)):
-        axis.text(max(share, low / 3) * 1.05, row, f"{share:.2%} ({count:,})", va="center", fontsize=8)
+        text = f"{share:.2%} ({count:,})"
+        axis.text(1.01, row, text, va="center", fontsize=8, transform=axis.get_yaxis_transform())
     axis.invert_yaxis()
     axis.set_xlabel("non-zero share of the weights (log scale)")
     axis.set_title(title, fontsize=10)
@@ -134,7 +150,7 @@ def draw_weights(path: Path, states: dict[str, Tensors], layers: list[dict[str, 
             axis.axvline(thresholds[name], color="0.2", linestyle="--", linewidth=1, label="threshold")
         axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_title(name.removesuffix(".weight"), fontsize=9)
+        axis.set_title(as_typed(name.removesuffix(".weight")), fontsize=9)
         axis.minorticks_off()
     for axis in grid[len(names) :]:
         axis.set_visible(False)

@@ -17,6 +17,7 @@ from sparsity.results.members import SIZES, WITHOUT_EFFECT, Member, canonical
 CONFIDENCE = 0.95
 FEWEST = 3  # seeds that have an interval: by Student's t, that of two is 13 standard errors long
 VALIDATION, TEST = "accuracy.final.validation", "accuracy.final.test"
+DENSE = "accuracy.dense.test"
 
 
 class Estimate(NamedTuple):
@@ -86,15 +87,18 @@ class Point:
 
     @property
     def command(self) -> str:
-        """The line that runs it again; of several seeds, all of them."""
-        if len(self.members) == 1:
-            return _command(self.overrides)
-        return _command(["-m", *self.overrides, f"seed={self.value('seed')}"])
+        """The line that runs it again; of several seeds all of them, and nothing else."""
+        first = self.members[0]
+        needs_sweeper = any(flag.startswith("hydra/sweeper=") for flag in first.flags)
+        if len(self.members) == 1 or needs_sweeper:  # with -m, a sweeper of its own would search
+            return " && ".join(map(command, self.members))
+        key = next((entry.partition("=")[0] for entry in first.overrides if _is_seed(entry)), "seed")
+        return _command(["-m", *first.flags, *self.overrides, f"{key}={self.value('seed')}"])
 
 
 def command(member: Member) -> str:
     """The line that runs one member again."""
-    return _command(member.overrides)
+    return _command([*member.flags, *member.overrides])
 
 
 def _command(arguments: Iterable[str]) -> str:
@@ -182,9 +186,9 @@ def _reduction(point: Point, size: str) -> float:
 def describe(point: Point, names: Sequence[str], base: Path) -> dict[str, Any]:
     """A point under the keys of `front.json`; folders as seen from `base`."""
 
-    def interval(key: str) -> dict[str, float | None]:
+    def interval(key: str) -> dict[str, Any]:
         found = point.estimate(key)
-        return {"mean": found.mean, "interval": found.interval}
+        return {"mean": found.mean, "interval": found.interval, "seeds": point.numbers(key)}
 
     return {
         "overrides": point.overrides,
