@@ -1,5 +1,6 @@
 """Composes, hands over, maps errors to the exit status: `python main.py --help`."""
 
+import argparse
 import logging
 import os
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import hydra
+from hydra._internal import hydra as program
 from hydra._internal import utils
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -51,7 +53,7 @@ def run_together(jobs: Sequence[DictConfig], **how: Any) -> list[Any]:
 
 
 run.together = run_together
-main = hydra.main(config_path="conf", config_name="config", execution_whitelist=config.TRUSTED)(run)
+main = hydra.main(config_path="conf", config_name="config", execution_whitelist=config.may_call(TRUST))(run)
 
 
 def reporting(report: Callable[..., Any], typed: Sequence[str]) -> Callable[..., Any]:
@@ -80,16 +82,18 @@ def function_that_raises(error: Exception) -> Callable[[], None]:
 
 def command_line(arguments: Sequence[str]) -> int | str | None:
     """Runs what is typed and returns the exit status; a user's mistake is one line."""
+    options = argparse.Namespace(package=None)
     try:
         arguments = sys.argv[1:] = config.shell_home(arguments)
-        typed = config.check_options(arguments)
-        utils.run_and_report = reporting(utils.run_and_report, typed)
+        options = config.check_options(arguments)
+        config.watch_warnings()
+        utils.run_and_report = program.run_and_report = reporting(utils.run_and_report, options.overrides)
         main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as end:
-        return end.code
+        return USER_MISTAKE if end.code == 1 and options.package else end.code  # a package that is not there
     except Exception as error:
         line = config.mistake(error, arguments)
         if line is None or os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -1,6 +1,7 @@
 """The Hydra callback of every sweep: names its folder, says how far it is, and sums it up at the end."""
 
 import datetime
+import functools
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,11 +17,11 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsity import config as schema
-from sparsity.errors import USER_MISTAKE, SparsityError, reason
+from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, reason
 from sparsity.files import is_read_only, why_not_writable, write_text
 
 log = logging.getLogger("sparsity")
@@ -28,6 +30,19 @@ FORMAT = 1  # of sweep.json
 NAME = "{name}"  # in hydra.sweep.dir
 IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
 SECONDS_BETWEEN_LOOKS = 2.0  # at the folder, where the members run in other processes
+
+
+def _refusing(method: Callable[..., None]) -> Callable[..., None]:
+    """Ends the program by a user's mistake; Hydra would make a warning of it and go on."""
+
+    @functools.wraps(method)
+    def callback(self: Callback, config: DictConfig, **arguments: Any) -> None:
+        try:
+            method(self, config, **arguments)
+        except (SparsityError, HydraException, OmegaConfBaseException) as error:
+            _refuse(str(error) if isinstance(error, SparsityError) else schema.said(error), error)
+
+    return callback
 
 
 class Sweep(Callback):
@@ -40,22 +55,18 @@ class Sweep(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {"published": self.published, "progress": None}  # in a process of a launcher's, nothing is said
 
+    @_refusing
     def on_run_start(self, config: DictConfig, **rest: Any) -> None:
         """Refuses a folder that cannot be made, before Hydra makes it."""
-        try:
-            folder = schema.at_home(config.hydra.run.dir)
-        except OmegaConfBaseException:
-            return  # Hydra tells what is wrong with it
+        folder = schema.at_home(config.hydra.run.dir)
         _make("hydra.run.dir", folder)
         with read_write(config.hydra):
             config.hydra.run.dir = folder
 
+    @_refusing
     def on_multirun_start(self, config: DictConfig, **rest: Any) -> None:
         """Names the sweep's folder and writes down what is swept; refuses what no member could run with."""
-        try:
-            schema.check_sweep(config)
-        except SparsityError as error:
-            _refuse(str(error), error)
+        schema.check_sweep(config)
         _name_folder(config)
         folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
         if config.store is not None and "store" not in schema.swept_keys(config.hydra.overrides.task):
@@ -65,6 +76,7 @@ class Sweep(Callback):
         if config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
             self.progress.watch()
 
+    @_refusing
     def on_job_start(self, config: DictConfig, **rest: Any) -> None:
         """Says what will run, at once, as torch takes seconds to import.
 
@@ -109,8 +121,10 @@ def _announce(config: DictConfig) -> None:
     from sparsity.tables import say_parts
 
     chosen = config.hydra.runtime.choices
-    methods = " ".join(f"{group}={chosen[group]}" for group in ("model", "data", "reg", "prune"))
-    parts = [methods, " → ".join(map(str, config.stages)), f"files in {near(Path(config.hydra.runtime.output_dir))}"]
+    methods = " ".join(f"{group}={chosen.get(group)}" for group in ("model", "data", "reg", "prune"))
+    listed = OmegaConf.select(config, "stages")
+    stages = " → ".join(map(str, listed)) if isinstance(listed, ListConfig) else ""
+    parts = [methods, stages, f"files in {near(Path(config.hydra.runtime.output_dir))}"]
     say_parts([part for part in parts if part])
 
 
@@ -189,6 +203,8 @@ def _ended(folder: Path) -> Any:
 
 def _make(key: str, folder: str) -> Path:
     """A folder that can be written, or the end of the program."""
+    if not str(folder).strip():
+        raise ConfigError(f"{key} is empty: name a folder")
     path = Path(folder)
     error = why_not_writable(path)
     if error is not None and not (key == "store" and is_read_only(error) and any(path.glob("*/*.safetensors"))):

@@ -15,10 +15,11 @@ def reason(error: BaseException) -> str:
 
 
 def nearest(word: str, names: Iterable[str]) -> str | None:
-    """The name that is spelt most like a word, if one is; exact but for case first."""
-    pool = list(names)
-    same = [name for name in pool if name.lower() == word.lower()]
-    return next(iter(same or get_close_matches(word, pool, n=1, cutoff=0.7)), None)
+    """The name that is spelt most like a word, if one is; upper case is as lower, and of the same letters first."""
+    pool = {name.lower(): name for name in names}
+    same = [name for name in pool if sorted(name) == sorted(word.lower())]
+    close = get_close_matches(word.lower(), same or pool, n=1, cutoff=0.4 if same else 0.7)
+    return pool[close[0]] if close else None
 
 
 def one_line(text: object) -> str:

@@ -76,7 +76,7 @@ MISTAKES = [
     (["prune.layers.fc1=-1"], "prune.layers.fc1 must be a number ≥ 0, got -1"),
     (["prune.layers.fc1=1", "prune.exclude=[fc1]"], "prune.layers.fc1 does nothing, as prune.exclude names fc1 too"),
     (["stages=[pretrain,prune]", "schedule.pretrain.epochs=0"], "nothing is trained before pruning"),
-    (["prune.rule._target_=sparsity.regularizers.l1"], "is no pruning rule: it takes no sensitivity"),
+    (["prune.rule._target_=sparsity.regularizers.l1"], "sparsity.regularizers.l1 is no function of sparsity.pruning"),
     (["+model.factory.input_shape=[1,2,3]"], "model.factory.input_shape is passed by the pipeline"),
     (["threads=99999999"], "threads must be a whole number ≥ 1 and ≤ 1024, got 99999999"),
     (["schedule.batch_size=100000000000000000000"], "schedule.batch_size must be a whole number ≥ 1, and below"),
@@ -142,3 +142,125 @@ def test_no_yaml_admits_code(tmp_path, yaml):
 def test_directions_follow_from_objectives():
     _, hydra = config.compose(["search=pareto", "objectives=[macs,accuracy]"])
     assert hydra.sweeper.direction == ["minimize", "maximize"]
+
+
+NO_METHODS = [  # a key, and what may not be called for it
+    ("data.loader", "sparsity.store.Store", "is no function of sparsity.data: it has cifar10, digits"),
+    ("data.loader", "sparsity.run", "is no function of sparsity.data"),
+    ("data.loader", "sparsity.regularizers.hs", "is no function of sparsity.data"),
+    ("model.factory", "sparsity.models.torch.nn.Linear", "is no function of sparsity.models"),
+    (
+        "model.factory",
+        "sparsity.models.lenet",
+        "is no function of sparsity.models: did you mean sparsity.models.lenet5",
+    ),
+    ("reg.penalty", "sparsity.regularizers._over", "is no function of sparsity.regularizers"),
+    ("reg.penalty", "sparsity.regularizers.Tensor", "is no function of sparsity.regularizers"),
+    ("reg.penalty", "sparsity.regularizers", "is no function of sparsity.regularizers"),
+    ("prune.cut", "sparsity.weights.load", "is no function of sparsity.pruning"),
+    ("optimizer", "torch.load", "is no function of torch.optim"),
+    ("optimizer", "torch.optim.lr_scheduler.StepLR", "is no function of torch.optim"),
+    ("optimizer", "torch.optim.Adam.load_state_dict", "is no function of torch.optim"),
+    ("optimizer", "sparsity.models.mlp", "is no function of torch.optim"),
+    ("optimizer", "os.system", "is code from outside: admit it by trust="),
+    ("optimizer", "''", "is the name of no function"),
+    ("model.factory", "sparsity.models.MLP", "widths is missing"),
+]
+
+
+@pytest.mark.parametrize(("key", "target", "words"), NO_METHODS, ids=lambda value: str(value)[:40])
+def test_a_config_calls_methods_alone(key, target, words):
+    with pytest.raises(ConfigError, match=rf"{key}.*{words}") as error:
+        read(f"{key}._target_={target}", *(["~optimizer.betas", "~optimizer.eps"] if key == "optimizer" else []))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("target", ["SGD", "sgd.SGD", "RMSprop"])
+def test_an_optimizer_of_torchs_by_either_of_its_names(target):
+    given = ["~optimizer.betas", "~optimizer.amsgrad", "~optimizer.fused", "~optimizer.eps"]
+    assert read(f"optimizer._target_=torch.optim.{target}", *given).optimizer.function.__name__ == target.split(".")[-1]
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["n_trials=3"], "did you mean hydra.sweeper.n_trials? It belongs to a search: add -m search=pareto"),
+        (["reg/decay=1"], "did you mean reg.decay?"),
+        (["reg=HS"], "did you mean reg=hs? reg has group_hs, "),
+        (["optimizer=null"], "optimizer=null is no choice: give one of adam, adamw, sgd"),
+        (["seed=[1"], "seed=[1 cannot be read: a bracket is not closed"),
+        (["seed=1,2"], "add -m for a sweep over them, or write seed=[1,2] for a list"),
+        (["hydra.job.num=a"], "hydra.job.num must be a whole number, got a"),
+        *slow(
+            (["hydra.sweeper.n_trials=3"], "it belongs to a search: add -m search=pareto"),
+            (["lr=1"], "did you mean schedule.pretrain.lr or schedule.regularize.lr or schedule.finetune.lr?"),
+            (["momentum=0.9"], "did you mean optimizer.momentum of optimizer=sgd?"),
+            (["model.factory.hidden=[3]"], "the default of model has none; model=mlp has"),
+            (["modle=lenet5"], "did you mean model=lenet5?"),
+            (["regularizer=hs"], "did you mean reg=hs?"),
+            (["reg.decay.x=1"], "reg.decay holds a value, no keys"),
+            (["hydra/lancher=joblib"], "did you mean hydra/launcher=joblib?"),
+            (["search=null"], "search=null is no choice: take it out, or give one of"),
+            (["+reg=l1"], "reg is chosen already, take the + out"),
+            (["+seed=1"], "seed is there already: take the + out"),
+            (["~nope"], "nope is no key"),
+            (["~"], "~ names no key"),
+            (["=1"], "=1 names no key"),
+            (["model@there=lenet5"], "model@there is no group: write model=lenet5"),
+            (["a=b=c"], """a=b=c cannot be read: quote the value if it is meant as text, as in 'a="b=c"'"""),
+            (["seed=é"], "quote the value if it is meant as text"),
+            (["seed"], "'seed' is no setting: write KEY=VALUE"),
+            (["help"], "did you mean --help?"),
+            (["seed=rnage(3)"], "did you mean range(…)?"),
+            (["seed=${nope}"], "seed: Interpolation key 'nope' not found"),
+            (["seed=${seed}"], "seed: Recursive interpolation"),
+            (["hydra.job.chdir=maybe"], "hydra.job.chdir must be true or false, got maybe"),
+            (["hydra.run.dir=[1]"], "hydra.run.dir must be text, got [1]"),
+            (["hydra.searchpath=[/nope]"], "hydra.searchpath: /nope is no folder or package of YAMLs"),
+            (["seed=" + "[" * 400], "seed=[[["),
+            (["seed=1" + "0" * 5000], "seed=1000"),
+            (["reg.decay=1" + "0" * 400], "reg.decay must be a number ≥ 0, and below 2^63"),
+            (["reg.penalty._partial_=-inf"], "reg.penalty._partial_ must be true, got -inf"),
+            (["+reg.penalty._convert_=all"], "reg.penalty._convert_ is no setting"),
+            (["+name.model=x"], "name is no setting"),
+            (["~model"], "model is missing: it cannot be taken out"),
+            (["optimizer=sgd", "+optimizer.lr=1"], "optimizer.lr is passed by the pipeline"),
+            (["optimizer.betas=[nan,0.9]"], "optimizer.betas[0] must be a finite number"),
+            (["store=''"], "store must be text, got ''"),
+            (["trust=[a-b]"], "trust=[a-b] is the name of no module"),
+        ),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_hydra_finds_is_one_line_too(typed, line):
+    with pytest.raises(ConfigError) as error:
+        read(*typed)
+    assert line in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 700
+
+
+YAMLS = [
+    ("decay: 1\n apply_to: [weight\n", "mine.yaml, line 2 is no YAML"),
+    ("decay: [1\n", "mine.yaml, line 2 is no YAML"),
+    ("decay: 1\ndecay: 2\n", "mine.yaml, line 2 is no YAML: while constructing a mapping: found duplicate key decay"),
+    ("decay: !!python/object/apply:os.system [ls]\n", "mine.yaml, line 1 is no YAML"),
+    ("- 1\n", "reg must be a group of keys, got [1]"),
+    ("", "reg"),
+    ("3", "mine.yaml"),
+    ("# @package\ndecay: 1\n", "mine.yaml"),
+    ("# @package _global_\ndecay: 1\n", "decay is no setting"),
+    ("defaults: 3\n", "mine"),
+    ("defaults: [nope]\n", "reg/nope"),
+    ("defaults: [{override /modle: lenet5}]\n", "modle"),
+    ("decay:\n\t- 1\n", "mine.yaml, line 2 is no YAML"),
+    ("decay: 1\n", "reg.penalty is missing: add it to the YAML of reg"),
+    (b"decay: \xff\n", "mine.yaml is no YAML"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), YAMLS, ids=lambda value: str(value)[:30])
+def test_a_yaml_that_cannot_be_read_is_named(text, words, tmp_path):
+    (tmp_path / "reg").mkdir()
+    (tmp_path / "reg" / "mine.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        read(f"hydra.searchpath=[{tmp_path}]", "reg=mine")
+    assert words in str(error.value) and "\n" not in str(error.value)

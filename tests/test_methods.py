@@ -19,7 +19,7 @@ RULES = choices("prune")
 
 def regularizer(name):
     node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty)
-    return config.check("reg.penalty", node, config.Call).partial()
+    return config.check("reg.penalty", node, config.Penalty).partial()
 
 
 def rule(name):

@@ -1,7 +1,7 @@
 """The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
 
 from sparsity.config.composing import compose, folder_of_run, hydra_of, register
-from sparsity.config.mistakes import mistake, said
+from sparsity.config.mistakes import mistake, said, watch_warnings
 from sparsity.config.options import check_options
 from sparsity.config.paths import at_home, settle, shell_home
 from sparsity.config.reading import idle_settings, read, sensitivity_range
@@ -9,8 +9,13 @@ from sparsity.config.schema import (
     STAGES,
     Call,
     Data,
+    Factory,
+    Loader,
     Model,
     Normalization,
+    Optimizer,
+    Penalty,
+    PruningRule,
     Regularizer,
     Rule,
     Run,
@@ -18,16 +23,20 @@ from sparsity.config.schema import (
     StageSchedule,
 )
 from sparsity.config.sweeps import check_sweep, count_members, search_ranges, sweep_name, swept_keys
-from sparsity.config.trust import TRUSTED, admitted
+from sparsity.config.trust import admitted, may_call
 from sparsity.config.typed import check
 
 __all__ = [
     "STAGES",
-    "TRUSTED",
     "Call",
     "Data",
+    "Factory",
+    "Loader",
     "Model",
     "Normalization",
+    "Optimizer",
+    "Penalty",
+    "PruningRule",
     "Regularizer",
     "Rule",
     "Run",
@@ -43,6 +52,7 @@ __all__ = [
     "folder_of_run",
     "hydra_of",
     "idle_settings",
+    "may_call",
     "mistake",
     "read",
     "register",
@@ -53,4 +63,5 @@ __all__ = [
     "shell_home",
     "sweep_name",
     "swept_keys",
+    "watch_warnings",
 ]

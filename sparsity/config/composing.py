@@ -1,6 +1,7 @@
 """Command lines and YAMLs into a composed config, by Hydra."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hydra.core.utils import JobRuntime
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsity.config.mistakes import said
+from sparsity.config.mistakes import said, watch_warnings
 from sparsity.config.paths import at_home, shell_home
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
@@ -34,7 +35,9 @@ def _directions(objectives: Sequence[str]) -> list[str]:
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
     """The config that a command line composes, and Hydra's own part of it."""
     register()
-    with _own_hydra(), hydra.initialize_config_dir(config_dir=str(folder_of_yamls())):
+    folder = str(folder_of_yamls())
+    with _own_hydra(), hydra.initialize_config_dir(config_dir=folder), warnings.catch_warnings():
+        watch_warnings()
         try:
             composed = hydra.compose("config", overrides=shell_home(overrides), return_hydra_config=True)
         except Exception as error:  # of Hydra, OmegaConf, a YAML's parser

@@ -2,6 +2,7 @@
 
 import re
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
@@ -51,20 +52,24 @@ def said(error: BaseException, typed: Sequence[str] = ()) -> str:
     for pattern, tell in _TOLD.items():
         if found := re.search(pattern, text, re.DOTALL):
             return tell(known, error, *found.groups())
-    file = _file_of(error)
     line = _short(error)
-    return f"{file}: {line}" if file and file not in line else line
+    if not isinstance(error, HydraException) and line.count(" ") < 3:
+        line = f"{type(error).__name__}: {line}"
+    hydras = [text for text in typed if text.startswith("hydra")]
+    unread = [] if isinstance(error, HydraException | OmegaConfBaseException) else [t for t in typed if not _reads(t)]
+    place = getattr(error, "full_key", None) or _file_of(error) or " ".join(unread or hydras)
+    return f"{place}: {line}" if place and place not in line else line
 
 
 def _short(error: BaseException) -> str:
     """An error's text without Hydra's advice, and what caused it."""
-    kept = [line for line in str(error).splitlines() if not line.startswith(_ADVICE)]
-    text = " ".join(" ".join(kept).split()) or (type(error).__name__ if not error.__cause__ else "")
+    kept = [line.strip() for line in str(error).splitlines() if not line.strip().startswith(_ADVICE)]
+    text = " ".join(" ".join(kept).split())
     cause = next(iter(str(error.__cause__ or "").splitlines()), "")
-    return " ".join(f"{text} {cause if cause not in text else ''}".split())
+    return " ".join(f"{text} {cause if cause not in text else ''}".split()) or "it cannot be used"
 
 
-_ADVICE = ("See https://", "To append to your", "Alias expansion", "    full_key:", "    object_type=", "full_key:")
+_ADVICE = ("See https://", "To append to your", "Alias expansion", "object_type=", "full_key:", "reference_type=")
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -102,6 +107,13 @@ def _broken_yaml(error: BaseException, file: str | None) -> str:
     return f"{place} is no YAML: {f'{context}: ' if context else ''}{problem}"
 
 
+def watch_warnings() -> None:
+    """Makes errors of the warnings in which Hydra says that a setting does nothing; leaves out its plans."""
+    for message in (r"provider=.* is not available", r"\s*Running Hydra app with --multirun"):
+        warnings.filterwarnings("error", message, UserWarning)
+    warnings.filterwarnings("ignore", r"extend_list\(", UserWarning)
+
+
 # --- what exists -----------------------------------------------------------------------------------------------------
 
 
@@ -134,17 +146,25 @@ class _Known:
         return sorted(self.loader.get_group_options(group, results_filter=ObjectType.CONFIG))
 
     @cached_property
+    def all_choices(self) -> set[str]:
+        """Every group with every choice, as it is typed."""
+        return {f"{group}={choice}" for group in self.groups for choice in self.choices(group)}
+
+    @cached_property
     def chosen(self) -> list[str]:
         """The overrides of the command line that choose something that exists."""
-        pairs = [text.partition("=") for text in self.typed]
-        return [
-            f"{group}={choice}" for group, _, choice in pairs if group in self.groups and choice in self.choices(group)
-        ]
+        return [text for text in self.typed if text in self.all_choices]
 
     @cached_property
     def keys(self) -> list[str]:
         """The keys of the config as it is without what cannot be composed, innermost and outer ones."""
         return self._compose(self.chosen) or self._compose([])
+
+    def names_in(self, parent: str) -> list[str]:
+        """The keys right inside another; at the top level of ''."""
+        before = f"{parent}." if parent else ""
+        names = [key.removeprefix(before) for key in self.keys if key.startswith(before)]
+        return [name for name in names if "." not in name]
 
     @cached_property
     def keys_of_searches(self) -> list[str]:
@@ -160,17 +180,18 @@ class _Known:
         return list(_keys_of(OmegaConf.to_container(composed, resolve=False)))
 
     def choices_with(self, key: str) -> list[str]:
-        """The other choices of a key's group that have the key."""
+        """The choices of a key's group that have the key."""
         group, _, inner = key.partition(".")
         if not inner or group not in self.groups:
             return []
-        return [choice for choice in self.choices(group) if inner in self._keys_in(group, choice)]
+        return [choice for choice in self.choices(group) if inner in self.keys_of(f"{group}={choice}")]
 
-    def _keys_in(self, group: str, choice: str) -> list[str]:
+    def keys_of(self, choice: str) -> list[str]:
+        """The keys that the YAML of a choice itself has; none if it is broken, of which is told when it is chosen."""
         try:
-            config = self.loader.repository.load_config(f"{group}/{choice}").config
+            config = self.loader.repository.load_config(choice.replace("=", "/")).config
             return list(_keys_of(OmegaConf.to_container(config, resolve=False)))
-        except Exception:  # a YAML that is broken is told of when it is chosen
+        except Exception:
             return []
 
 
@@ -186,49 +207,60 @@ def _keys_of(node: Any, before: str = "") -> Iterator[str]:
 
 def _no_key(known: _Known, error: BaseException, typed: str) -> str:
     """A key or group that does not exist, and the nearest that does."""
-    bare = typed.lstrip("+~").partition("@")[0]
+    key = typed.lstrip("+~").partition("@")[0]
     value = next((text.partition("=")[2] for text in known.typed if text.lstrip("+~").startswith(f"{typed}=")), "")
-    if bare != typed and bare in known.groups:
-        return f"{typed} is no group: write {bare}={value or 'CHOICE'}"
-    close = _nearest_key(bare, value, known)
-    if close:
-        return f"{bare} is no key: {close}"
-    parent = bare.rpartition(".")[0]
-    beside = [key.removeprefix(f"{parent}.") for key in known.keys if key.startswith(f"{parent}.")]
-    beside = [name for name in beside if "." not in name]
-    if parent and beside:
-        return f"{bare} is no key: {parent} has {', '.join(beside)}"
-    if parent in known.keys:
-        return f"{bare} is no key: {parent} is no group of keys"
-    return f"{bare} is no key: {HELP}"
+    if not key:
+        return (
+            f"{next((text for text in known.typed if text.lstrip('+~')[:1] in '='), '~')} names no key: write KEY=VALUE"
+        )
+    if key != typed and key in known.groups:
+        return f"{typed} is no group: write {key}={value or 'CHOICE'}"
+    return f"{key} is no key: {_instead(key, value, known) or HELP}"
 
 
-def _nearest_key(key: str, value: str, known: _Known) -> str | None:
-    """Which key may be meant: of that name elsewhere, or spelt much like it."""
+def _instead(key: str, value: str, known: _Known) -> str | None:
+    """What may be meant by a key that does not exist: what has its name elsewhere, or is spelt much like it."""
     dotted = key.replace("/", ".")
-    leaf = dotted.rpartition(".")[2]
-    if dotted != key and dotted in known.keys:
-        return f"did you mean {dotted}?"
-    if value and (groups := [group for group in known.groups if value in known.choices(group)]):
-        close = nearest(key, groups)
-        if close:
-            return f"did you mean {close}={value}?"
-    group = key.partition(".")[0]
-    if others := known.choices_with(dotted):
-        now = next((text for text in known.chosen if text.startswith(f"{group}=")), f"the default of {group}")
-        return f"{now} has none, " + " and ".join(f"{group}={other}" for other in others[:3]) + " do"
-    same = [each for each in known.keys if each.rpartition(".")[2] == leaf and each != dotted]
-    if close := nearest(dotted, [*known.keys, *known.groups]):
+    parent, _, leaf = dotted.rpartition(".")
+    if dotted in known.keys_of_searches:
+        return f"it belongs to a search: add -m {SEARCH}, or another one"
+    groups = [group for group in known.groups if value and f"{group}={value}" in known.all_choices]
+    if close := nearest(key, groups) or (groups[0] if len(groups) == 1 else None):
+        return f"did you mean {close}={value}?"
+    if dotted != key:
+        close = dotted if dotted in known.keys else nearest(key, known.groups)
+        return f"did you mean {close}?" if close else f"the groups are {', '.join(known.groups)}"
+    if others := known.choices_with(key):
+        group = key.partition(".")[0]
+        now = next((text for text in known.typed if text.startswith(f"{group}=")), f"the default of {group}")
+        return f"{now} has none; {', '.join(f'{group}={other}' for other in others[:3])} has"
+    beside = known.names_in(parent)
+    if close := nearest(leaf, beside if parent else [*beside, *known.groups]):
+        return f"did you mean {parent}.{close}?" if parent else f"did you mean {close}?"
+    return _elsewhere(dotted, known) or (f"{parent} has {', '.join(beside)}" if parent and beside else None)
+
+
+def _elsewhere(key: str, known: _Known) -> str | None:
+    """Which keys in other places may be meant."""
+    parent, _, leaf = key.rpartition(".")
+    others = [each for each in known.keys if not key.startswith(f"{each}.")]
+    if parent not in known.keys and (close := nearest(key, others)):
         return f"did you mean {close}?"
-    if same and len(leaf) > 1:
+    if same := [each for each in others if each.rpartition(".")[2] == leaf and len(leaf) > 1]:
         return f"did you mean {' or '.join(same[:3])}?"
-    searched = [each for each in known.keys_of_searches if each.rpartition(".")[2] == leaf]
-    if close := next(iter(searched), nearest(dotted, known.keys_of_searches)):
-        return f"did you mean {close}, which needs {SEARCH} or another search?"
-    parent, _, _ = dotted.rpartition(".")
-    inner = {each.rpartition(".")[2]: each for each in known.keys if not parent or each.startswith(f"{parent}.")}
-    close = nearest(leaf, inner)
-    return f"did you mean {inner[close]}?" if close else None
+    searched = {each.rpartition(".")[2]: each for each in known.keys_of_searches}
+    if close := nearest(leaf, searched):
+        return f"did you mean {searched[close]}? It belongs to a search: add -m {SEARCH}, or another one"
+    if parent in known.keys and not known.names_in(parent):
+        return f"{parent} holds a value, no keys"
+    leaves = {each.rpartition(".")[2]: each for each in others}
+    if close := nearest(leaf, leaves):
+        return f"did you mean {leaves[close]}?"
+    brought = [(choice, each) for choice in sorted(known.all_choices) for each in known.keys_of(choice)]
+    found = [
+        f"{choice.partition('=')[0]}.{each} of {choice}" for choice, each in brought if each.split(".")[-1] == leaf
+    ]
+    return f"did you mean {' or '.join(found[:3])}?" if found else None
 
 
 def _no_choice(error: MissingConfigException, known: _Known) -> str:
@@ -245,35 +277,43 @@ def _no_text(known: _Known, error: BaseException, kind: str) -> str:
     """A group that is given a number, null or nothing."""
     for text in known.typed:
         key, _, value = text.lstrip("+").partition("=")
+        if not key:
+            return f"{text} names no key: write KEY=VALUE"
         group = key.partition("@")[0]
         if group not in known.groups or value in known.choices(group):
             continue
         optional = "take it out, or " if value == "null" and group in ("search", "experiment") else ""
         return f"{text} is no choice: {optional}give one of {', '.join(known.choices(group))}"
-    return f"{' '.join(known.typed)}: {_short(error)}" if known.typed else _short(error)
+    return _short(error)
 
 
 def _wrong_value(known: _Known, error: BaseException, typed: str) -> str:
     """A value that Hydra's own schema refuses."""
     key, _, value = typed.lstrip("+").partition("=")
-    cause = next(iter(str(error.__cause__ or "").splitlines()), "is of the wrong kind")
+    text = str(error.__cause__ or "is of another kind")
     for words, wanted in _WANTED.items():
-        if words in cause:
+        if words in text:
             return f"{key} must be {wanted}, got {value or repr('')}"
-    return f"{typed}: {cause}"
+    return f"{typed}: {text.splitlines()[0]}"
 
 
-_WANTED = {
+_WANTED = {  # by what OmegaConf says, the first that fits
     "converted to Integer": "a whole number",
     "converted to Float": "a number",
     "is not a valid bool": "true or false",
-    "is not Optional": "something else than null",
-    "to Dict[": "a group of keys",
+    "is not Optional": "something else",
     "to string": "text",
+    "incompatible container types": "of another kind",
     "Cannot assign": "a group of keys",
-    "incompatible container types": "of the kind that it is",
-    "index out of range": "in the list, whose end it is beyond",
+    "object_type=dict": "a group of keys",
 }
+
+
+def _not_called(known: _Known, error: BaseException, target: str) -> str:
+    package = target.partition(".")[0]
+    if "whitelist because" in str(error) or "blacklisted" in str(error):
+        return f"{target} may not be called by a config: it can run anything"
+    return f"{target} is not for a config to call: code from outside is admitted by trust=[{package}]"
 
 
 def _sweep_alone(known: _Known, error: BaseException, typed: str) -> str:
@@ -299,8 +339,16 @@ def _no_config(known: _Known, error: BaseException, name: str) -> str:
     return f"--config-name {name}: there is no {name}.yaml beside config.yaml, nor in --config-dir"
 
 
-def _told_by(known: _Known, error: BaseException, *groups: str) -> str:
-    return _short(error)
+def _no_primary(known: _Known, error: BaseException, folder: str) -> str:
+    return f"--config-path {folder}: there is no such folder"
+
+
+def _not_available(known: _Known, error: BaseException, path: str) -> str:
+    return f"hydra.searchpath: {path} is no folder or package of YAMLs"
+
+
+def _two_modes(known: _Known, error: BaseException) -> str:
+    return "-m and hydra.mode=RUN contradict each other: drop one"
 
 
 _TOLD: dict[str, Callable[..., str]] = {
@@ -315,6 +363,10 @@ _TOLD: dict[str, Callable[..., str]] = {
     r"(\S+) appears more than once in the final defaults list": _chosen_twice,
     r"Multiple values for (\S+)\.": _chosen_twice,
     r"An item is already at '(.*?)'": _there_already,
+    r"(?:Logging t|T)arget '(.*?)'.* (?:is not in the Hydra|cannot be authorized|is blacklisted)": _not_called,
+    r"Primary config directory not found.*config directory '(.*?)' exists": _no_primary,
+    r"provider=.*?, path=(.*) is not available": _not_available,
+    r"Running Hydra app with --multirun": _two_modes,
     r"Additional config directory '(.*)' not found": _no_folder,
     r"Cannot find primary config '(.*?)'": _no_config,
 }
@@ -332,7 +384,7 @@ def _unreadable(typed: str, text: str, known: _Known) -> str:
         flag = nearest(f"--{typed.lstrip('-')}", ["--help", "--multirun", "--cfg", "--info"]) if typed else None
         return f"{typed!r} is no setting: {f'did you mean {flag}?' if flag else 'write KEY=VALUE'}"
     if not _reads(f"{key}=1"):
-        close = _nearest_key(key.lstrip("+~"), value, known)
+        close = _instead(key.lstrip("+~"), value, known) if key.strip("+~") else None
         return f"{typed!r} is no setting, as {key!r} is no key: {close or 'write KEY=VALUE'}"
     if any(value.count(opened) != value.count(closed) for opened, closed in ("[]", "()", "{}")):
         return f"{typed} cannot be read: a bracket is not closed, or not opened; text is quoted, as in '{key}=\"…\"'"

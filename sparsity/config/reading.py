@@ -10,8 +10,8 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsity.config.outside import bring_in
 from sparsity.config.schema import STAGES, Call, Run
-from sparsity.config.trust import TRUSTED, patterns
-from sparsity.config.typed import check
+from sparsity.config.trust import check_trust, patterns
+from sparsity.config.typed import check, check_names
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
 from sparsity.kinds import Range
@@ -29,6 +29,11 @@ def read(
     trust: the modules that the user admits, from `admitted`; choices: of each group, for people to read; folder: the
     one that the command was typed in, if it is not the current one.
     """
+    name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
+    plain = OmegaConf.to_container(config, resolve=False)
+    if "name" in plain:
+        raise ConfigError("name is no setting: a result is named by the choices of its groups")
+    check_names("", {**plain, "name": name}, Run)  # before values that refer to others are looked up
     try:
         node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
@@ -36,11 +41,8 @@ def read(
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
     bring_in(node, trust, folder)
-    name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
-    run = check("", {**node, "name": name}, Run, (*TRUSTED, *patterns(trust)))
-    for entry in run.trust:
-        if entry not in trust:
-            raise ConfigError(f"trust=[{entry}] stands in a YAML: give it on the command line or in SPARSITY_TRUST")
+    run = check("", {**node, "name": name}, Run, patterns(trust))
+    check_trust(run.trust, trust)
     _check_together(run)
     return run
 

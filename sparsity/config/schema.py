@@ -31,10 +31,26 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Methods:
+    """Where the functions and classes that a key may name are defined, and what the pipeline passes to them."""
+
+    module: str
+    positional: int = 0  # arguments that are passed by their place
+    given: tuple[str, ...] = ()  # arguments that are passed by name
+
+
+Factory = Annotated[Call, Methods("sparsity.models", given=("input_shape", "num_classes"))]
+Loader = Annotated[Call, Methods("sparsity.data")]
+Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
+PruningRule = Annotated[Call, Methods("sparsity.pruning", positional=1, given=("sensitivity", "fixed"))]
+Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
+
+
+@dataclass(frozen=True)
 class Model:
     """The network, and the weights that it starts from."""
 
-    factory: Call
+    factory: Factory
     weights: str | None
     head: Literal["new"] | None = None  # new: the last layer is drawn, not read, for another number of classes
 
@@ -51,7 +67,7 @@ class Normalization:
 class Data:
     """The data set, and what is held out for validation."""
 
-    loader: Call
+    loader: Loader
     validation: NonNegative
     validation_seed: Seed
     normalize: Normalization | None
@@ -62,7 +78,7 @@ class Data:
 class Regularizer:
     """The penalty, its coefficient, and the parameters that it is applied to."""
 
-    penalty: Call | None
+    penalty: Penalty | None
     decay: NonNegative
     apply_to: Kinds
     weight_decay: NonNegative
@@ -73,8 +89,8 @@ class Regularizer:
 class Rule:
     """The pruning rule, and the parameters that it is applied to."""
 
-    rule: Call
-    cut: Call | None  # the threshold that the report shows
+    rule: PruningRule
+    cut: PruningRule | None  # the threshold that the report shows
     apply_to: Kinds
     scope: Literal["tensor", "network"]
     structural: bool  # takes whole groups: a filter that goes takes its bias
@@ -113,7 +129,7 @@ class Run:
     reg: Regularizer
     prune: Rule
     schedule: Schedule
-    optimizer: Call
+    optimizer: Optimizer
     stages: list[Literal["pretrain", "regularize", "prune", "finetune"]]
     seed: Seed
     device: str

@@ -70,6 +70,9 @@ def count_members(overrides: Sequence[str]) -> int | None:
 def check_sweep(composed: DictConfig) -> None:
     """Refuses a sweep whose members would all be refused; composed: the config of a multirun, with `hydra` in it."""
     own = composed.hydra
+    for part in ("sweeper", "launcher"):
+        if own[part] is None:
+            raise ConfigError(f"hydra.{part}=null leaves nothing that runs a sweep: choose one by hydra/{part}=basic")
     check_objectives(check("objectives", _plain(composed)["objectives"], Objectives))
     if own.runtime.choices["hydra/sweeper"] == "basic":
         for override in _parsed(own.overrides.task):

@@ -1,6 +1,5 @@
 """Plain values as annotated types; every mistake names key, value and remedy."""
 
-import inspect
 import math
 import types
 import typing
@@ -8,21 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
-
-from sparsity.config.schema import Call
-from sparsity.config.trust import TRUSTED
-from sparsity.errors import ConfigError
+from sparsity.config.schema import Call, Methods
+from sparsity.config.signatures import arguments
+from sparsity.config.trust import locate
+from sparsity.errors import ConfigError, nearest
 from sparsity.kinds import Range
 
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
-GIVEN = ("input_shape", "num_classes", "sensitivity", "fixed")  # what the pipeline passes, not the YAML
 
+def check(key: str, value: Any, kind: Any, trusted: Sequence[str] = ()) -> Any:
+    """A plain value as an annotated type, or a ConfigError that names the key.
 
-def check(key: str, value: Any, kind: Any, trusted: Sequence[str] = TRUSTED) -> Any:
-    """A plain value as an annotated type, or a ConfigError that names the key; `trusted`: Hydra's patterns."""
+    trusted: Hydra's patterns of the code from outside that may be called.
+    """
     return _Reader(trusted).read(key, value, kind)
 
 
@@ -38,8 +36,10 @@ class _Reader:
             if value is None and type(None) in get_args(kind):
                 return None
             return self.read(key, value, next(part for part in get_args(kind) if part is not type(None)))
+        if get_origin(kind) is Annotated and get_args(kind)[0] is Call:
+            return self._call(key, value, get_args(kind)[1])
         if is_dataclass(kind):
-            return self._record(key, value, kind) if kind is not Call else self._call(key, value)
+            return self._record(key, value, kind)
         if get_origin(kind) is list:
             return self._list(key, value, get_args(kind)[0])
         if get_origin(kind) is dict:
@@ -47,15 +47,7 @@ class _Reader:
         return self._scalar(key, value, kind)
 
     def _record(self, key: str, value: Any, kind: type) -> Any:
-        if not isinstance(value, dict):
-            raise ConfigError(f"{key} must be a group of keys, got {value!r}")
-        known = {entry.name: entry for entry in fields(kind)}
-        for name in value:
-            if name not in known:
-                raise ConfigError(f"{join(key, name)} is no setting: {key or 'the top level'} has {', '.join(known)}")
-        for name, entry in known.items():
-            if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
-                raise ConfigError(f"{join(key, name)} is missing: add it to the YAML of {key.split('.')[0]}")
+        check_names(key, value, kind)
         kinds = typing.get_type_hints(kind, include_extras=True)
         return kind(**{name: self.read(join(key, name), entry, kinds[name]) for name, entry in value.items()})
 
@@ -79,57 +71,93 @@ class _Reader:
             if value not in get_args(base):
                 raise ConfigError(f"{key} must be one of {', '.join(get_args(base))}; got {value!r}")
             return value
+        if base is Any:
+            self._check_any(key, value)
+            return value
+        wanted = f"{NAMES.get(base, 'a value')}{f' {interval}' if interval and str(interval) else ''}"
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{key} must be {wanted}, and below 2^63; got {value!r}")
         given = value
         if base is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
-        wanted = f"{NAMES.get(base, 'a value')}{f' {interval}' if interval and str(interval) else ''}"
-        fits = base is Any or (isinstance(value, base) and isinstance(value, bool) == (base is bool))
-        if isinstance(value, int) and abs(value) >= 2**63:
-            raise ConfigError(f"{key} must be {wanted}, and below 2^63; got {given!r}")
+        fits = isinstance(value, base) and isinstance(value, bool) == (base is bool)
         is_finite = not isinstance(value, float) or math.isfinite(value)
-        if not fits or not is_finite or (interval is not None and value not in interval):
+        is_blank = isinstance(value, str) and (not value or "\0" in value)
+        if not fits or not is_finite or is_blank or (interval is not None and value not in interval):
             raise ConfigError(f"{key} must be {wanted}, got {given!r}")
         return value
 
-    def _call(self, key: str, value: Any) -> Call:
+    def _check_any(self, key: str, value: Any) -> None:
+        """Refuses what is no number, deep inside the arguments of code from outside too."""
+        if isinstance(value, dict | list):
+            for name, entry in value.items() if isinstance(value, dict) else enumerate(value):
+                self._check_any(f"{key}[{name}]" if isinstance(value, list) else join(key, name), entry)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{key} must be a finite number, got {value!r}")
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{key} must be below 2^63, got {value!r}")
+
+    def _call(self, key: str, value: Any, methods: Methods) -> Call:
         if not isinstance(value, dict) or not isinstance(value.get("_target_"), str):
             raise ConfigError(f"{key} must name a function by _target_, got {value!r}")
+        if value.get("_partial_", True) is not True:
+            raise ConfigError(
+                f"{key}._partial_ must be true, got {value['_partial_']!r}: the pipeline calls the function"
+            )
         target = value["_target_"]
         numbers = {name: entry for name, entry in value.items() if name not in ("_target_", "_partial_")}
-        function = self._locate(key, target)
-        return Call(key, target, function, self._numbers(key, target, function, numbers))
+        function = locate(key, target, methods, self.trusted)
+        return Call(key, target, function, self._numbers(key, target, function, numbers, methods))
 
-    def _locate(self, key: str, target: str) -> Callable[..., Any]:
-        try:
-            return instantiate({"_target_": target, "_partial_": True}, _execution_whitelist_=self.trusted).func
-        except InstantiationException as error:
-            reason = str(error).splitlines()[0]
-            package = target.split(".")[0]
-            if "whitelist" not in str(error) or f"{package}.*" in self.trusted:
-                raise ConfigError(f"{key}._target_={target} cannot be used: {reason}") from error
-            raise ConfigError(
-                f"{key}._target_={target} is code from outside: admit it by trust=[{package}] on the command line or "
-                f"SPARSITY_TRUST={package}"
-            ) from error
-
-    def _numbers(self, key: str, target: str, function: Callable[..., Any], numbers: dict[str, Any]) -> dict[str, Any]:
+    def _numbers(
+        self, key: str, target: str, function: Callable[..., Any], numbers: dict[str, Any], methods: Methods
+    ) -> dict[str, Any]:
         """The numbers beside a target, checked against its signature, which is their schema."""
-        try:
-            parameters = inspect.signature(function).parameters
-        except ValueError:
-            return numbers
-        takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         for name in numbers:
-            if name in GIVEN:
+            if name in HYDRAS or not isinstance(name, str):
+                raise ConfigError(f"{join(key, name)} is no setting: beside _target_ stand its own arguments alone")
+        taken = arguments(function, methods)
+        if taken is None:
+            return numbers
+        for name in numbers:
+            if name in taken.given:
                 raise ConfigError(f"{join(key, name)} is passed by the pipeline: take it out")
-            if name not in parameters and not takes_any:
-                raise ConfigError(f"{join(key, name)} is no setting: {target} takes {', '.join(parameters)}")
-        for name, parameter in parameters.items():
-            is_ours = target.startswith("sparsity.") and parameter.kind is parameter.KEYWORD_ONLY
-            if is_ours and name not in numbers and name not in GIVEN and parameter.default is parameter.empty:
+            if name not in taken.named and not taken.any_other:
+                raise ConfigError(_unknown(key, name, taken.named, target, "takes"))
+        for name in taken.required:
+            if name not in numbers:
                 raise ConfigError(f"{join(key, name)} is missing: {target} needs it")
         kinds = typing.get_type_hints(function, include_extras=True) if target.startswith("sparsity.") else {}
         return {name: self.read(join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
+
+
+HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys of Hydra's, which mean nothing here
+
+
+def check_names(key: str, value: Any, kind: type) -> None:
+    """Refuses keys of a group that are unknown or missing, here and in the groups inside, whatever their values."""
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} must be a group of keys, got {value!r}")
+    known = {entry.name: entry for entry in fields(kind)}
+    for name in value:
+        if name not in known:
+            names = [each for each in known if key or each != "name"]
+            raise ConfigError(_unknown(key, name, names, key or "the top level", "has"))
+    for name, entry in known.items():
+        if name not in value and entry.default is MISSING and entry.default_factory is MISSING:
+            remedy = f"add it to the YAML of {key.split('.')[0]}" if key else "it cannot be taken out"
+            raise ConfigError(f"{join(key, name)} is missing: {remedy}")
+    kinds = typing.get_type_hints(kind)
+    for name in value:
+        if is_dataclass(kinds[name]) and kinds[name] is not Call:
+            check_names(join(key, name), value[name], kinds[name])
+
+
+def _unknown(key: str, name: Any, names: Sequence[str], owner: str, has: str) -> str:
+    """That a name is none of those that there are, and which may be meant."""
+    close = nearest(str(name), names)
+    meant = f"did you mean {join(key, close)}? " if close else ""
+    return f"{join(key, name)} is no setting: {meant}{owner} {has} {', '.join(names) or 'none'}"
 
 
 def join(key: str, name: str) -> str:
