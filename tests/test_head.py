@@ -140,6 +140,31 @@ def test_without_it_the_remedy_is_named():
     assert "model.head=new draws the last layer anew" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["fc3.0.weight", "module.fc3.2.bias"])
+def test_nor_must_it_be_one_layer(name):
+    given = {("module." if "module" in name else "") + each: t for each, t in of_classes(11).state_dict().items()}
+    given = {each: tensor for each, tensor in given.items() if "fc3" not in each} | {name: torch.ones(9)}
+    filled = fill(of_classes(10), given, "a", images=SQUARE, new_head=True)
+    assert torch.equal(filled.module.fc2.bias, of_classes(11).fc2.bias)
+
+
+def test_where_there_is_no_other_layer_it_is_refused():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 4))
+    with pytest.raises(WeightsError, match="does not fit"):
+        fill(network, nn.Linear(3, 4).state_dict(), "a", images=SQUARE, new_head=True)
+
+
+def test_a_first_convolution_of_colours_is_summed_for_gray_images():
+    given = {**Normalised(7).state_dict(), "first.weight": torch.rand(8, 3, 3, 3)}
+    filled = fill(Normalised(10), given, "a", images=SQUARE, new_head=True)
+    assert any("first.weight is summed over its channels" in line for line in filled.warnings)
+    colours = nn.Conv2d(3, 8, 3, stride=2)
+    colours.load_state_dict({"weight": given["first.weight"], "bias": given["first.bias"]})
+    torch.testing.assert_close(filled.module.first(SQUARE), colours(SQUARE.expand(-1, 3, -1, -1)))
+    with pytest.raises(WeightsError, match=r"images of 3 channels, the data's have 1, for which model.head=new"):
+        fill(Normalised(7), given, "a", images=SQUARE)
+
+
 @pytest.mark.parametrize("layer", ["fc1", "fc2"])
 def test_it_is_no_remedy_for_other_layers(layer):
     given = {**of_classes(10).state_dict(), f"{layer}.bias": torch.ones(7)}

@@ -174,6 +174,15 @@ def test_of_several_prefixes_too(tmp_path):
     assert "state_dict.model is taken, and not state_dict.ema_model" in " ".join(filled.warnings)
 
 
+@pytest.mark.parametrize("average", ["ema.", "module.ema.", "averaged_model."])
+def test_an_average_beside_the_names_as_they_are(tmp_path, average):
+    network = lenet300(input_shape=(1, 4, 4), num_classes=3)
+    content = {average + name: tensor for name, tensor in anew(network).state_dict().items()}
+    filled = through({**network.state_dict(), **content}, tmp_path / "a.pth", network)
+    assert_same(filled.module, network.state_dict())
+    assert "is taken, and not " + average.removesuffix(".") in " ".join(filled.warnings)
+
+
 @pytest.mark.parametrize("prefixes", [("student.", "teacher."), ("encoder_q.", "encoder_k.")])
 def test_several_states_without_an_order_are_refused(tmp_path, prefixes):
     network = lenet300(input_shape=(1, 4, 4), num_classes=3)
