@@ -2,12 +2,18 @@
 
 import contextlib
 import errno
+import hashlib
+import json
+import math
 import os
 import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from sparsity.errors import reason
 
 try:
     import fcntl
@@ -169,6 +175,52 @@ def obstacle(path: Path) -> str | None:
         stat.S_IFBLK: "a device",
     }
     return names.get(stat.S_IFMT(mode))
+
+
+class Unreadable(Exception):
+    """What is wrong with a file that is read, as the end of a sentence that begins with its path."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; raises Unreadable, whatever lies there."""
+    try:
+        other = obstacle(path)
+        if other is not None:
+            raise Unreadable(f"is {other}, and no file")
+        if path.stat().st_size > MOST_BYTES:
+            raise Unreadable(f"is damaged: it has more than {MOST_BYTES >> 20} MB")
+        node = json.loads(path.read_text(encoding="utf-8"), parse_float=_float, parse_int=_int, parse_constant=_float)
+    except OSError as error:
+        raise Unreadable(f"cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise Unreadable("is damaged: it is nested too deep") from error
+    except ValueError as error:
+        raise Unreadable(f"is damaged: {reason(error)}") from error
+    if not isinstance(node, dict):
+        raise Unreadable("is damaged: it holds no object")
+    return node
+
+
+MOST_BYTES = 2**28
+
+
+def _float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text:.20}")
+    return number
+
+
+def _int(text: str) -> int:
+    if len(text) > len(str(2**63)):
+        raise ValueError(f"it holds {text:.20}…")
+    return int(text)
+
+
+def file_digest(path: str | Path) -> str:
+    """The hash of a file's bytes."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def why_not_writable(folder: Path) -> OSError | None:

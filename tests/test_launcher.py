@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, choices, slow
+from conftest import ROOT, choices, put_finished, slow
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -269,10 +269,11 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
 
 def test_a_member_with_a_mistake_fails_alone(tmp_path):
     (tmp_path / "2").mkdir()
-    (tmp_path / "2" / "result.json").write_text('{"keys": {}}')
+    put_finished(tmp_path / "2")
+    before = (tmp_path / "2" / "result.json").read_text()
     outcomes = run_jobs(tmp_path, MLP, [("sensitivity=0.1",), ("sensitivity=-1",), ("seed=5",)])
     assert len(outcomes[0]) == 2 and isinstance(outcomes[1], ConfigError) and "holds a finished run" in str(outcomes[2])
-    assert (tmp_path / "2" / "result.json").read_text() == '{"keys": {}}'
+    assert (tmp_path / "2" / "result.json").read_text() == before
 
 
 def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplog):
@@ -306,13 +307,13 @@ def trained_at_a_time(monkeypatch):
     """How many members each stage is run with."""
     from sparsity.experiment import record
 
-    stage, sizes = record._run_stage, []
+    stage, sizes = record.run_stage, []
 
     def noted(name, before, parts):
         sizes.append(before.num_members)
         return stage(name, before, parts)
 
-    monkeypatch.setattr(record, "_run_stage", noted)
+    monkeypatch.setattr(record, "run_stage", noted)
     return sizes
 
 
@@ -348,7 +349,7 @@ def test_settings_reach_the_task_and_what_is_said_of_a_member_its_log_alone(tmp_
 def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplog):
     from sparsity.experiment import record
 
-    stage, sizes = record._run_stage, []
+    stage, sizes = record.run_stage, []
 
     def crowded(name, before, parts):
         sizes.append(before.num_members)
@@ -356,7 +357,7 @@ def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplo
             raise torch.OutOfMemoryError("no room")
         return stage(name, before, parts)
 
-    monkeypatch.setattr(record, "_run_stage", crowded)
+    monkeypatch.setattr(record, "run_stage", crowded)
     with caplog.at_level("INFO"):
         outcomes = run_jobs(
             tmp_path, (*MLP, "stages=[pretrain]"), [(f"seed={seed}",) for seed in range(3)], stacked=True

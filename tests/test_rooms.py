@@ -8,8 +8,8 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "files", "kinds", "uses", "front", "memory", "streams"},
-    {"tensors", "tables"},
+    {"errors", "kinds", "uses", "front", "memory", "streams"},
+    {"files", "tensors", "tables"},
     {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},
     {"step"},

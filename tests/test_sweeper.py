@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 import optuna
 import pytest
-from conftest import ROOT, choices, slow
+from conftest import ROOT, choices, put_finished, slow
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
@@ -75,7 +75,7 @@ class Launcher:
                 if subdir := settings.get("hydra.sweep.subdir"):
                     folder = self.folder / subdir.strip('"')
                     folder.mkdir(exist_ok=True)
-                    (folder / "result.json").write_text("{}")
+                    put_finished(folder)
             except Exception as error:
                 job.return_value, job.status = error, JobStatus.FAILED
             returns.append(job)

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from sparsity import config, results
 from sparsity.data import Splits
 from sparsity.errors import ConfigError, SparsityError, reason
+from sparsity.experiment.folder import finished
 from sparsity.experiment.keys import Key, stage_keys
 from sparsity.experiment.parts import (
     check_methods,
@@ -237,16 +238,20 @@ def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int 
         splits, fingerprint = load_data(run)
         splits = splits.to(device)
         keys = [stage_keys(job.run, fingerprint, device.type, precision_of(job.run, device)) for job in jobs]
-        outcomes: list[Outcome | None] = [_finished(job, key) for job, key in zip(jobs, keys)]
+        outcomes: list[Outcome | None] = [
+            finished(job.folder, {stage: key.key for stage, key in own.items()}, job.overrides)
+            for job, own in zip(jobs, keys)
+        ]
         left = [index for index, outcome in enumerate(outcomes) if outcome is None]
         if left:
             choose = partial(members_at_a_time, stacked=stacked, limit=limit)
             own = [jobs[index] for index in left], [keys[index] for index in left]
             record = _record(*own, splits, device, kept, choose)
-            for stage in run.stages:
-                record.advance(stage)
-            for index, outcome in zip(left, record.outcomes()):
-                outcomes[index] = outcome
+            with record.held():
+                for stage in run.stages:
+                    record.advance(stage)
+                for index, outcome in zip(left, record.outcomes()):
+                    outcomes[index] = outcome
         return outcomes
 
 
@@ -268,12 +273,3 @@ def _record(
     record = Record(jobs, keys, parts, population, device, kept, choose, graph)
     record.warn_all(warnings)
     return record
-
-
-def _finished(job: Job, keys: dict[str, Key]) -> dict[str, Any] | None:
-    """The result that a folder holds already, if it is of the same stages."""
-    result = results.read_result(job.folder)
-    if result is None or result.get("keys") != {stage: key.key for stage, key in keys.items()}:
-        return None
-    log.info(f"finished before: {job.folder}")
-    return {**result, "folder": str(job.folder)}

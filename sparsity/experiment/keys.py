@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from sparsity import store
 from sparsity.config import Call, Run
+from sparsity.files import file_digest
 
 
 class Key(NamedTuple):
@@ -32,7 +33,7 @@ def stage_keys(run: Run, data: str, device: str, precision: str) -> dict[str, Ke
 
 
 def _weights(path: str) -> str | None:
-    return store.file_digest(path) if Path(path).is_file() else None  # a missing file is refused where it is read
+    return file_digest(path) if Path(path).is_file() else None  # a missing file is refused where it is read
 
 
 def _own(stage: str, run: Run) -> dict[str, Any]:

@@ -1,9 +1,7 @@
 """What the stages of one population came to, member by member, and the files that say so."""
 
 import contextlib
-import errno
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from sparsity import console, results
 from sparsity.accounting import Report, account
 from sparsity.config import Run
-from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
+from sparsity.errors import DivergedError, SparsityError
 from sparsity.evaluation import evaluate, images_at_once
+from sparsity.experiment.folder import check_writable, finished, held, writing
 from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of
 from sparsity.experiment.precision import precision_of
@@ -26,6 +24,7 @@ from sparsity.experiment.stored import check, circumstances, epoch_of, populatio
 from sparsity.graph import Graph, Layer
 from sparsity.population import Population, join
 from sparsity.results import plots
+from sparsity.results.sealed import FORMAT, sealed
 from sparsity.stages import Ingredients
 from sparsity.store import Kept, Store
 from sparsity.tables import say_parts
@@ -34,17 +33,8 @@ from sparsity.weights import write_state
 
 log = logging.getLogger("sparsity")
 
+NETWORK = "model.safetensors"
 MEASURED = {"pretrain": "dense", "regularize": "regularized", "prune": "pruned"}  # accuracies after a stage
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turns what the disk refuses into one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        cause = getattr(error, "strerror", None) or reason(error)
-        raise ConfigError(f"hydra.run.dir={folder} cannot be written: {cause}") from error
 
 
 def _whole_layer(name: str, run: Run) -> str:
@@ -80,6 +70,8 @@ class Member:
     keys: Mapping[str, Key]
     population: Population  # of this member alone
     error: SparsityError | None = None
+    finished: dict[str, Any] | None = None  # the result, where another process was first
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and hash of the networks written
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     computed: list[str] = field(default_factory=list)  # the stages that were not in the store
@@ -125,7 +117,7 @@ class Record:
         self._note_data()
         self._note_whole_network(population)
         for job in jobs:
-            _check_folder(job.folder)
+            check_writable(job.folder)
         if self.run.model.weights is not None:
             is_same = self.run.model.head is None  # the weights of all members
             measured = self._measure(population.member(0) if is_same else population)
@@ -164,10 +156,19 @@ class Record:
             member.warnings.append(line)
         log.warning(f"warning: {line}")
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the members' folders; a member that another process finished meanwhile is taken as it is."""
+        with held([member.job.folder for member in self.members]):
+            for member in self.members:
+                keys = {stage: key.key for stage, key in member.keys.items()}
+                member.finished = finished(member.job.folder, keys, member.job.overrides)
+            yield
+
     @property
     def alive(self) -> list[Member]:
-        """The members that have not failed."""
-        return [member for member in self.members if member.error is None]
+        """The members that have not failed and are not finished."""
+        return [member for member in self.members if member.error is None and member.finished is None]
 
     def advance(self, stage: str) -> None:
         """Takes one stage: from the store where it is there, else computed, once for the members that share it."""
@@ -273,9 +274,11 @@ class Record:
 
     def _keep(self, stage: str, member: Member) -> None:
         """The files of one stage in the member's folder."""
-        with _writing(member.job.folder):
+        with writing(member.job.folder):
             description = self._description(member.job.run, stage)
-            write_state(_stage_file(stage, member), member.population.state(0), description)
+            path = _stage_file(stage, member)
+            about = write_state(path, member.population.state(0), description)
+            member.files[path.relative_to(member.job.folder).as_posix()] = about
             results.write_history(member.job.folder, member.histories, 0)
 
     def _report(self, member: Member) -> Report:
@@ -299,14 +302,15 @@ class Record:
 
     def outcomes(self) -> list[dict[str, Any] | SparsityError]:
         """Every member's result, written into its folder, or its error."""
-        return [member.error or self._finish(member) for member in self.members]
+        return [member.error or member.finished or self._finish(member) for member in self.members]
 
     def _finish(self, member: Member) -> dict[str, Any]:
         job, report = member.job, self._report(member)
         description = self._description(job.run, ["given", *self.run.stages][-1])
-        result = self._result(member, report)
-        with _writing(job.folder):
-            write_state(job.folder / "model.safetensors", member.population.state(0), description)
+        with writing(job.folder):
+            about = write_state(job.folder / NETWORK, member.population.state(0), description)
+            member.files[NETWORK] = about
+            result = sealed(self._result(member, report))
             results.write_history(job.folder, member.histories, 0)
             if job.run.plots or (job.run.plots is None and not job.in_sweep):
                 states = {name: population.state(0) for name, population in member.states.items()}
@@ -327,7 +331,7 @@ class Record:
         job, run, epoch = member.job, member.job.run, member.selected_epoch
         typed = [*job.flags, *job.overrides]
         return {
-            "format": results.FORMAT,
+            "format": FORMAT,
             "name": run.name,
             "stages": run.stages,
             "seed": run.seed,
@@ -339,22 +343,13 @@ class Record:
             "computed": member.computed,
             "computed_with": member.computed_with,
             "keys": {stage: key.key for stage, key in member.keys.items()},
+            "files": member.files,
             "warnings": member.warnings,
             "overrides": list(job.overrides),
             "flags": list(job.flags),
             "environment": results.environment(self.device, precision_of(run, self.device), typed),
             "config": job.config,
         }
-
-
-def _check_folder(folder: Path) -> None:
-    """A folder that cannot be written is found out before anything trains."""
-    if (folder / "result.json").exists():
-        raise ConfigError(f"hydra.run.dir={folder} holds a finished run: name another folder or remove it")
-    with _writing(folder):
-        (folder / "stages").mkdir(parents=True, exist_ok=True)
-        if not os.access(folder / "stages", os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _first_of_each(stage: str, members: Iterable[Member], finished: Mapping[str, Kept]) -> list[Member]:

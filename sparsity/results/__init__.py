@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import json
-import math
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import reason
 from sparsity.files import write_text
+from sparsity.results.sealed import RESULT
 
 if TYPE_CHECKING:  # what reads finished sweeps imports this room, and needs no torch
     import torch
@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # what reads finished sweeps imports this room, and needs no 
     from sparsity.accounting import Report, Row
     from sparsity.training import Epoch
 
-FORMAT = 1
 FAILURE = "failure.json"
 PACKAGES = ("torch", "torchvision", "hydra-core", "optuna", "numpy")
 LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "threshold", "live_inputs")
@@ -129,20 +128,10 @@ def _git(*arguments: str) -> str | None:
 
 
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """`layers.csv`, then `result.json`: the last file of a run, which proves all others."""
+    """`layers.csv`, then `result.json` of a sealed result: the last file of a run, which proves all others."""
     rows = [{**layer, "shape": "x".join(map(str, layer["shape"]))} for layer in result["layers"]]
     write_text(folder / "layers.csv", csv_text(LAYER_FIELDS, rows), durable=True)
-    text = json.dumps(finite(result), indent=1, allow_nan=False, default=str) + "\n"
-    write_text(folder / "result.json", text, durable=True)
-
-
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """What `result.json` of a folder holds; None where there is none that can be read."""
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return result if isinstance(result, dict) else None
+    write_text(folder / RESULT, json.dumps(result, indent=1) + "\n", durable=True)
 
 
 def write_failure(folder: Path, error: Exception) -> None:
@@ -156,15 +145,6 @@ def clear_failure(folder: Path) -> None:
     """Takes away the failure of an earlier try."""
     with contextlib.suppress(OSError):
         (folder / FAILURE).unlink(missing_ok=True)
-
-
-def finite(value: Any) -> Any:
-    """A tree of containers with null for NaN and infinity, which JSON lacks."""
-    if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_history(folder: Path, histories: Histories, member: int) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError
-from sparsity.files import whole
+from sparsity.files import file_digest, whole
 from sparsity.front import OBJECTIVES
 from sparsity.results import table
 from sparsity.results.members import RESULT, Member
@@ -108,6 +108,9 @@ def export(point: Point, path: Path, sweeps: Sequence[Path] = ()) -> None:
     for source, target in copies.items():
         if not source.is_file():
             raise ConfigError(f"{source} is missing: there is no network to export")
+        about = (point.best.result or {}).get("files", {}).get(source.name)
+        if about is not None and about["sha256"] != file_digest(source):
+            raise ConfigError(f"{source} is damaged: it is not what {RESULT} says; the sweep's command makes it again")
         if target.exists():
             raise ConfigError(f"--export {path}: {target} exists already: name another place or remove it")
     for sweep in sweeps:

@@ -12,13 +12,15 @@ from typing import Any
 
 import yaml
 
-from sparsity.errors import ConfigError, reason
+from sparsity.errors import ConfigError
+from sparsity.files import Unreadable, read_json
 from sparsity.front import OBJECTIVES
-from sparsity.results import FAILURE, FORMAT, objectives
+from sparsity.results import FAILURE
+from sparsity.results.sealed import FORMAT, RESULT, read_result
 
 log = logging.getLogger("sparsity")
 
-RESULT, SWEEP = "result.json", "sweep.json"
+SWEEP = "sweep.json"
 HYDRA = ".hydra"  # the folder that Hydra leaves in every job's folder
 SIZES = {"compression": "compression.weights", "macs": "macs.removable", "nonzero": "nonzero.weights"}
 WITHOUT_EFFECT = ("plots", "step", "threads")  # settings that change no result
@@ -130,8 +132,11 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def _member_folders(root: Path) -> Iterable[Path]:
-    for folder, subfolders, files in os.walk(root):
-        if {RESULT, FAILURE} & set(files) or HYDRA in subfolders:
+    def tell(error: OSError) -> None:
+        log.warning(f"warning: {error.filename} cannot be read: {error.strerror}; it is left out")
+
+    for folder, subfolders, files in os.walk(root, onerror=tell):
+        if {RESULT, FAILURE} & {*files, *subfolders} or HYDRA in subfolders:
             yield Path(folder)
             subfolders.clear()
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -151,57 +156,45 @@ def _member(sweep: Path, folder: Path) -> Member:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    header, problem = _read_json(path) if path.exists() else ({}, None)
-    if problem is None and header and header.get("format") != FORMAT:
-        problem = _unknown(path, header)
-    if problem is not None:
-        log.warning(f"warning: {problem}; it is left out")
-    return header if problem is None else {}
+    if not os.path.lexists(path):
+        return {}
+    try:
+        header = read_json(path)
+        if header.get("format") != FORMAT:
+            raise Unreadable(f"has format {header.get('format')!r}, and this version reads format {FORMAT} only")
+        for kind, names in HEADER.items():
+            for name in names:
+                if not isinstance(header.get(name) or kind(), kind):
+                    raise Unreadable(f"is damaged: its {name} is {header[name]!r:.40}")
+        if not all(isinstance(text, str) for name in ("swept", "objectives") for text in header.get(name) or ()):
+            raise Unreadable("is damaged: its swept keys or objectives are no texts")
+    except Unreadable as problem:
+        log.warning(f"warning: {path} {problem}; it is left out")
+        return {}
+    return header
+
+
+HEADER = {list: ("swept", "objectives", "overrides"), int: ("total",)}
 
 
 def _result(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """A whole result, or why there is none; None and None where the run has not ended."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None, None
-    result, problem = _read_json(path)
-    if problem is None and result.get("format") != FORMAT:
-        problem = _unknown(path, result)
-    if problem is None and not _is_whole(result):
-        problem = f"{path} is damaged: it lacks accuracy, compression, macs or nonzero"
-    if problem is not None:
-        log.warning(f"warning: {problem}; the member is left out")
-        return None, problem.replace(str(path), RESULT)
-    return result, None
-
-
-def _unknown(path: Path, node: dict[str, Any]) -> str:
-    return f"{path} has format {node.get('format')!r}, and this version reads format {FORMAT} only"
-
-
-def _is_whole(result: dict[str, Any]) -> bool:
     try:
-        objectives(result, OBJECTIVES)
-        float(result["accuracy"]["final"]["test"])
-    except (KeyError, TypeError, ValueError):
-        return False
-    return True
-
-
-def _read_json(path: Path) -> tuple[dict[str, Any], str | None]:
-    """The object of a file, or why there is none."""
-    try:
-        node = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        return {}, f"{path} cannot be read: {error.strerror or error}"
-    except ValueError as error:
-        return {}, f"{path} is damaged: {reason(error)}"
-    return (node, None) if isinstance(node, dict) else ({}, f"{path} is damaged: it holds no object")
+        return read_result(path), None
+    except Unreadable as problem:
+        log.warning(f"warning: {path} {problem}; the member is left out")
+        return None, f"{RESULT} {problem}"
 
 
 def _failure(folder: Path) -> str:
     """The cause of a failure; paths in it are shown within the member's folder."""
-    node, problem = _read_json(folder / FAILURE)
-    text = f"{node.get('kind')}: {node.get('error')}" if problem is None else problem
+    try:
+        node = read_json(folder / FAILURE)
+        text = " ".join(f"{node.get('kind')}: {node.get('error')}".split())
+    except Unreadable as problem:
+        text = f"{FAILURE} {problem}"
     for prefix in (str(folder.resolve()), str(folder)):
         text = text.replace(f"{prefix}{os.sep}", "")
     return text
@@ -255,7 +248,8 @@ def _own_objectives(sweep: Sweep) -> list[str] | None:
 
 # --- summary.csv -----------------------------------------------------------------------------------------------------
 
-LEFT_OUT = ("format", "config", "layers", "environment", "overrides", "computed", "computed_with", "keys", "warnings")
+LEFT_OUT = ("format", "config", "layers", "environment", "overrides", "computed", "computed_with", "files", "checksum")
+LEFT_OUT += ("keys", "warnings")
 
 
 def metrics(result: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsity.files import write_text
-from sparsity.results import finite, macs_left
+from sparsity.results import macs_left
 from sparsity.results.pareto import (
     LABELS,
     LOG_SPAN,
@@ -26,6 +26,7 @@ from sparsity.results.pareto import (
     shades,
 )
 from sparsity.results.points import describe
+from sparsity.results.sealed import finite
 
 if TYPE_CHECKING:
     from sparsity.results.sweeps import Summary

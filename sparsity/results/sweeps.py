@@ -13,9 +13,10 @@ from sparsity import __version__
 from sparsity.errors import ConfigError
 from sparsity.files import write_text
 from sparsity.front import OBJECTIVES
-from sparsity.results import FORMAT, csv_text
+from sparsity.results import csv_text
 from sparsity.results.members import Member, Sweep, chosen_objectives, metrics, read_sweep, swept_keys
 from sparsity.results.points import Point, describe, front_of, points_of, relative
+from sparsity.results.sealed import FORMAT
 
 log = logging.getLogger("sparsity")
 

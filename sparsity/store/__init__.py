@@ -65,12 +65,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hashed.hexdigest()
 
 
-def file_digest(path: str | Path) -> str:
-    """The hash of a file's bytes."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def code_of(function: Any) -> dict[str, str]:
     """The hash of a function's or class's source, and of all that it names in its own package; {} of torch's own.
 

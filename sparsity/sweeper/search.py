@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsity import config as schema
 from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
-from sparsity.results import read_result
+from sparsity.results.sealed import is_finished
 from sparsity.sweeper.space import (
     Place,
     Space,
@@ -136,7 +136,7 @@ class Search(OptunaSweeperImpl):
         complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         extends = self.custom_search_space_extender is not None
         own = [trial for trial in complete if _folder_of(trial) and (extends or fits(space, trial.params))]
-        return [trial for trial in own if read_result(Path(self.config.hydra.sweep.dir) / _folder_of(trial)) is None]
+        return [trial for trial in own if not is_finished(Path(self.config.hydra.sweep.dir) / _folder_of(trial))]
 
     # --- the space ---------------------------------------------------------------------------------------------------
 

@@ -23,13 +23,13 @@ log = logging.getLogger("sparsity")
 METADATA_KEY = "sparsity"  # in a safetensors file's metadata: JSON of what rebuilds the module
 
 
-def write_state(path: Path, state: Tensors, description: Mapping[str, Any]) -> str:
-    """Writes a safetensors file of a state, with a description in its metadata; returns the hash of its bytes."""
+def write_state(path: Path, state: Tensors, description: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes a safetensors file of a state, with a description in its metadata; returns its size and its hash."""
     metadata = {METADATA_KEY: json.dumps(description)}  # one entry: several would be written in any order
     content = safetensors.torch.save(state, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
