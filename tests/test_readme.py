@@ -1,12 +1,15 @@
 """What the README shows works as it stands there."""
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+from sparsity import config
 
 README = (ROOT / "README.md").read_text()
 
@@ -41,3 +44,30 @@ def test_every_choice_is_in_the_table():
     for group in ("model", "data", "reg", "prune", "schedule", "optimizer", "search", "experiment"):
         row = re.search(rf"^\| `{group}` \|([^|]*)\|", README, re.MULTILINE)[1]
         assert sorted(re.findall(r"`(\w+)`", row)) == sorted(path.stem for path in (ROOT / "conf" / group).iterdir())
+
+
+def test_the_picture_is_there_and_small():
+    (name,) = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", README)
+    content = (ROOT / name).read_bytes()
+    assert content.startswith(b"\x89PNG") and len(content) < 150_000
+
+
+def commands():
+    """What the README types after `python main.py`, without comments and what stands for something else."""
+    lines = re.findall(r"^ +python main\.py([^#\n]*)", README, re.MULTILINE)
+    return [shlex.split(line.replace("--cfg job", "")) for line in lines if line.strip()]
+
+
+def test_commands_are_overrides():
+    found = [[text for text in typed if not text.startswith("-")] for typed in commands()]
+    assert len(found) > 10 and all(config.count_members(typed) != 0 for typed in found)
+    first = found[0]  # the picture's
+    assert config.count_members(first) == 12 and config.swept_keys(first) == ["reg.decay", "sensitivity"]
+
+
+@pytest.mark.slow
+def test_commands_compose():
+    for typed in commands():
+        if not {"--help", "--config-dir"} & set(typed) and "model=custom" not in typed:
+            settings = [text for text in typed if not text.startswith("-")]
+            config.compose([text for text in settings if not config.swept_keys([text])])
