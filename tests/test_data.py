@@ -144,15 +144,23 @@ def test_files_of_mnist_that_do_not_belong_together(tmp_path, monkeypatch):
         data.mnist(root=str(tmp_path))
 
 
+def test_a_pipe_among_the_files_of_mnist_is_not_waited_for(tmp_path):
+    raw = write_mnist(tmp_path)
+    (raw / "train-images-idx3-ubyte").unlink()
+    os.mkfifo(raw / "train-images-idx3-ubyte")
+    with pytest.raises(DataError, match=r"damaged or incomplete \(train-images-idx3-ubyte is a pipe\)"):
+        data.mnist(root=str(tmp_path))
+
+
 def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write_mnist(tmp_path / "sets")
     assert len(data.mnist(root="~/sets").train) == 30
 
 
-def data_of(target, **numbers):
+def data_of(target, function=None, **numbers):
     """A run that asks for data alone."""
-    loader = Call("data.loader", target, getattr(data, target.rpartition(".")[2]), numbers)
+    loader = Call("data.loader", target, function or getattr(data, target.rpartition(".")[2]), numbers)
     return SimpleNamespace(data=Data(loader, 0.2, 0, None), name={})
 
 
@@ -187,6 +195,26 @@ def test_a_folder_of_images_that_changed_is_read_again(tmp_path, stream):
     assert again is not grown and same == fingerprint  # by what the files hold, not by their times
     (tmp_path / "b").rename(tmp_path / "c")
     assert load_data(run)[0].classes == ["a", "c"]
+
+
+def test_a_loader_of_the_users_own_is_asked_again_by_every_run_but_not_by_every_member(tmp_path):
+    file = tmp_path / "shade.txt"
+
+    def load(*, root="nowhere"):
+        images = torch.full((10, 3), float(file.read_text()))
+        return (images, torch.arange(10) % 2), (images, torch.arange(10) % 2), 2
+
+    run = data_of("mine.load", load)
+    file.write_text("1")
+    assert load_data(run)[0].train.images.max() == 1
+    file.write_text("2")
+    first, _ = load_data(run, in_sweep=True)
+    assert first.train.images.max() == 2 and load_data(run, in_sweep=True)[0] is first
+    given = data_of("mine.load", load, root=str(file))
+    second, _ = load_data(given, in_sweep=True)
+    assert load_data(given, in_sweep=True)[0] is second
+    file.write_text("3.5")
+    assert load_data(given, in_sweep=True)[0].train.images.max() == 3.5
 
 
 def test_what_a_run_says_of_its_images(tmp_path, run):

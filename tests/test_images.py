@@ -244,6 +244,13 @@ def test_what_is_left_out_is_told(tmp_path):
     assert "3 .heic" in notes and "val and test are the same folder" in notes
 
 
+def test_folds_are_told(tmp_path):
+    write_sets(tmp_path, fold1=("cat", "dog"), fold2=("cat", "dog"))
+    assert folder(tmp_path).notes[0].endswith("all hold cat, dog: name sets train, test, val if these are the classes")
+    (tmp_path / "fold1" / "cat").rename(tmp_path / "fold1" / "emu")
+    assert folder(tmp_path).notes == []
+
+
 def test_settings_that_the_folder_makes_no_use_of(tmp_path):
     write_sets(tmp_path, train=("cat", "dog"), test=("cat", "dog"), val=("cat", "dog"))
     kept, joined = (split(folder(tmp_path), validation=validation) for validation in (0.1, 0))

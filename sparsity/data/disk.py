@@ -154,6 +154,13 @@ def images_in(folder: Path, *, sets: bool | None) -> Found:
     return found
 
 
+def same_inside(folder: Path) -> list[str]:
+    """The folders that every class folder holds, where they hold nothing else, as sets of classes would."""
+    inside = [[each.name for each in folders_in(place)] for place in folders_in(folder) if not has_images(place)]
+    is_same = len(inside) == len(folders_in(folder)) and all(names == inside[0] for names in inside)
+    return inside[0] if is_same and len(inside[0]) > 1 else []
+
+
 def _check_no_sets_inside(folder: Path) -> None:
     inside = {set_of(each.name): each.name for each in folders_in(folder)}
     if "train" in inside and len(inside.keys() - {None}) > 1:

@@ -152,6 +152,12 @@ def _notes(base: Path, folders: Mapping[str, Path], found: Mapping[str, disk.Fou
     beside = [each.name for each in disk.folders_in(base) if each not in folders.values()]
     if beside and folders["train"] != base:
         lines.append(f"data.root: {', '.join(map(shown, beside[:5]))} beside the sets is left out")
+    same = disk.same_inside(folders["train"])
+    if same:
+        lines.append(
+            f"data.root: the class folders of {shown(folders['train'])} all hold {', '.join(map(shown, same[:5]))}: "
+            "name sets train, test, val if these are the classes"
+        )
     for name, folder in folders.items():
         if disk.has_images(folder):
             lines.append(f"data.root: images that lie in {shown(folder)} beside the class folders are left out")

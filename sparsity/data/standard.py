@@ -8,6 +8,7 @@ import torch
 from sparsity.data.sets import Images
 from sparsity.data.splits import Source
 from sparsity.errors import DataError
+from sparsity.files import obstacle
 
 
 def mnist(*, root: str) -> Source:
@@ -31,8 +32,12 @@ def _torchvision(name: str, root: str, folder: str, files: str) -> Source:
 
     base = Path(os.path.expanduser(root)).absolute()
     place = base / folder
-    there = place.is_dir() and any(place.iterdir())
-    sets = []
+    found = sorted(place.iterdir()) if place.is_dir() else []
+    there, sets = bool(found), []
+    for file in found:
+        other = None if file.is_file() or file.is_dir() else obstacle(file)
+        if other is not None:  # a pipe would be waited for
+            raise DataError(_loader_trouble(name, root, place, files, True, ValueError(f"{file.name} is {other}")))
     for train in (True, False):
         try:
             part = getattr(datasets, name)(str(base), train=train, download=True)

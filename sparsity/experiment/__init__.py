@@ -235,7 +235,7 @@ def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int 
     with machine(run.threads):
         device = device_of(run.device)
         kept = None if run.store is None else Store(run.store)
-        splits, fingerprint = load_data(run)
+        splits, fingerprint = load_data(run, in_sweep=jobs[0].in_sweep)
         splits = splits.to(device)
         keys = [stage_keys(job.run, fingerprint, device.type, precision_of(job.run, device)) for job in jobs]
         outcomes: list[Outcome | None] = [
