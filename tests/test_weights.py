@@ -166,3 +166,25 @@ def test_load_of_what_no_run_wrote(tmp_path, network):
     with pytest.raises(WeightsError, match=r"give load\(path, module=…\)"):
         sparsity.load(tmp_path / "other.pth")
     assert sparsity.load(tmp_path / "other.pth", module=network) is network
+
+
+FACTORY = '{"factory": {"_target_": "%s", "hidden": "x"}, "input_shape": [1], "num_classes": 2}'
+
+
+@pytest.mark.parametrize(
+    "description, message",
+    [
+        ("not JSON", "describes its network by what no run writes"),
+        ("[1]", "describes its network by what no run writes"),
+        ('{"factory": {"_target_": 3}}', "describes its network by what no run writes"),
+        ('{"factory": {"_target_": "sparsity.models.mlp"}}', "describes its network by what no run writes"),
+        (FACTORY % "os.system", r"is of os\.system, not of this"),
+        (FACTORY % "sparsity.models.get_close_matches", "is of sparsity.models.get_close_matches, not of this package"),
+        (FACTORY % "sparsity.models.mlp", "describes a network that cannot be built: "),
+    ],
+)
+def test_a_description_that_no_run_writes(tmp_path, network, description, message):
+    save_file(network.state_dict(), tmp_path / "a.safetensors", metadata={"sparsity": description})
+    with pytest.raises(WeightsError, match=rf"path=\S+a.safetensors {message}"):
+        sparsity.load(tmp_path / "a.safetensors")
+    assert sparsity.load(tmp_path / "a.safetensors", module=network) is network

@@ -12,7 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from sparsity.errors import WeightsError
 from sparsity.models import lenet300
-from sparsity.weights import fill, read_states
+from sparsity.population import stack
+from sparsity.weights import fill, read_states, write_state
 
 
 class Inner(nn.Module):
@@ -400,3 +401,62 @@ def test_numbers_that_float32_cannot_hold(tmp_path):
     assert "entries of fc1.bias are too small for float32" in filled.warnings[0]
     state["fc1.bias"] *= 1e120
     assert "too large for float32, NaN or infinity there, in fc1.bias" in told(state, network)
+
+
+# --- what a run writes ------------------------------------------------------------------------------------------------
+
+
+def odd_networks():
+    """Networks whose names are those of wrappers, of forms, of heads and of counters, or that share tensors."""
+    infinite = nn.Sequential(nn.Linear(4, 2))
+    infinite.register_buffer("causal", torch.full((3, 3), -torch.inf).triu(1))
+    pruned, normed = (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)) for _ in range(2))
+    prune.random_unstructured(pruned[0], "weight", 0.5)
+    parametrizations.weight_norm(normed[0])
+    named = nn.ModuleDict({name: nn.Linear(4, 2) for name in ("_orig_mod", "module", "model", "aux", "ema")})
+    named["module"].module = nn.Linear(4, 2)
+    for name in ("weight_mask", "total_ops", "n_averaged"):
+        named.register_buffer(name, torch.ones(2))
+    others = [nn.GRU(4, 3), nn.BatchNorm1d(4, momentum=None), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)]
+    return [*networks(), Tied(), infinite, pruned, normed, named, *others]
+
+
+@pytest.mark.parametrize("network", odd_networks(), ids=lambda network: type(network).__name__)
+def test_what_a_run_writes_is_read_back(tmp_path, network):
+    written = stack([network]).state(0)
+    assert written.keys() == network.state_dict().keys()
+    write_state(tmp_path / "model.safetensors", written, {})
+    for tensor in network.parameters():
+        tensor.detach().zero_()
+    filled = fill(network, read_states(tmp_path / "model.safetensors"), "model.safetensors")
+    assert_same(filled.module, written)
+    assert not filled.warnings
+
+
+def test_a_module_is_left_as_it_is_where_the_file_is_refused():
+    network = lenet300(input_shape=(1, 4, 4), num_classes=3)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    told({**anew(network).state_dict(), "fc3.bias": torch.full((3,), torch.nan)}, network)
+    assert_same(network, before)
+
+
+@pytest.mark.parametrize("name", ["fc1.mask", "fc1.weight_mask"])
+def test_masks_beside_weights(tmp_path, name):
+    network = lenet300(input_shape=(1, 4, 4), num_classes=3)
+    mask = (torch.rand(300, 16) > 0.5).float()
+    loose = {**network.state_dict(), name: mask}
+    assert f"weights are not zero where {name} is" in told(loose, network)
+    filled = fill(network, {**loose, "fc1.weight": loose["fc1.weight"] * mask}, "my.pth")
+    assert torch.equal(filled.module.fc1.weight == 0, mask == 0)
+    assert filled.warnings == [f"model.weights=my.pth: the weights are zero where {name} are: these are left out"]
+
+
+def test_tensors_of_a_device_that_is_not_there(tmp_path, monkeypatch):
+    network = lenet300(input_shape=(1, 4, 4), num_classes=3)
+    for extra in ({}, {"args": Inner}):
+        monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:5")
+        torch.save({"model": network.state_dict(), **extra}, tmp_path / "a.pth")
+        monkeypatch.undo()
+        assert b"cuda:5" in (tmp_path / "a.pth").read_bytes()
+        filled = fill(anew(network), read_states(tmp_path / "a.pth"), "a.pth")
+        assert_same(filled.module, network.state_dict())

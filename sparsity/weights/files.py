@@ -12,7 +12,7 @@ import safetensors.torch
 from torch import nn
 
 from sparsity import files, models
-from sparsity.errors import WeightsError
+from sparsity.errors import WeightsError, reason
 from sparsity.tensors import Tensors
 from sparsity.weights.fitting import fill
 from sparsity.weights.foreign import begins_as_safetensors
@@ -49,18 +49,25 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
 
 
 def _rebuild(path: str | Path) -> nn.Module:
-    described = None
+    """The network that the file's metadata describe, if it is one of this package's."""
+    metadata: dict[str, str] = {}
     if begins_as_safetensors(Path(path)):
         with safetensors.safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {}).get(METADATA_KEY, "null"))
-    if described is None:
+            metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
         raise WeightsError(f"path={path} does not say which network it is of: give load(path, module=…)")
-    package, _, name = described["factory"].pop("_target_").rpartition(".")
-    if package != models.__name__ or not callable(getattr(models, name, None)):
+    try:
+        described = json.loads(metadata[METADATA_KEY])
+        numbers = dict(described["factory"])
+        package, _, name = numbers.pop("_target_").rpartition(".")
+        data = {"input_shape": tuple(described["input_shape"]), "num_classes": described["num_classes"]}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        line = f"path={path} describes its network by what no run writes: give load(path, module=…)"
+        raise WeightsError(line) from error
+    factory = vars(models).get(name)
+    if package != models.__name__ or getattr(factory, "__module__", None) != package:
         raise WeightsError(f"path={path} is of {package}.{name}, not of this package: give load(path, module=…)")
-    factory = getattr(models, name)
-    return factory(
-        **described["factory"],
-        input_shape=tuple(described["input_shape"]),
-        num_classes=described["num_classes"],
-    )
+    try:
+        return factory(**numbers, **data)
+    except Exception as error:  # whatever numbers of a changed file may lead to
+        raise WeightsError(f"path={path} describes a network that cannot be built: {reason(error)}") from error

@@ -59,7 +59,9 @@ def fill(
         last = [] if new_head or not nearest.shapes else _try_head(module, images)
         raise WeightsError(f"{key}={source} {misfit(nearest, own, obstacles, last)}")
     chosen, others = _choose(fitting, f"{key}={source}")
-    warnings = _write(module, chosen, own, f"{key}={source}")
+    taken = _values(chosen, own, f"{key}={source}")
+    warnings = _check_numbers(taken, own, f"{key}={source}")
+    _write(module, taken, own, f"{key}={source}")
     return Filled(module, [*others, *_told(chosen, head, f"{key}={source}"), *warnings])
 
 
@@ -92,6 +94,9 @@ def _told(judged: Judged, head: Sequence[str], source: str) -> list[str]:
     lines, prefix = [], judged.reading.prefix
     auxiliary = [name for name in judged.left_out if AUXILIARY.search(name.removeprefix(prefix).split(".")[0])]
     elsewhere = [name for name in judged.left_out if not name.startswith(prefix)]
+    masks = [name for name in judged.left_out if name.endswith("mask") and name not in (*auxiliary, *elsewhere)]
+    if masks:
+        lines.append(f"{source}: the weights are zero where {listed(masks)} are: these are left out")
     if auxiliary:
         lines.append(f"{source}: the model has no {listed(_tops(auxiliary))}: left out")
     if elsewhere:
@@ -108,35 +113,31 @@ def _tops(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
 
 
-def _write(module: nn.Module, judged: Judged, own: Own, source: str) -> list[str]:
-    """Writes the tensors into the module; lines about those that its number type cannot hold."""
-    reading = judged.reading
-    before = {name: tensor.detach().clone() for name, tensor in own.tensors.items()}
-    new: Tensors = {}
-    for name, theirs in reading.names.items():
-        if name in own.head or theirs not in reading.states.tensors:
+def _values(judged: Judged, own: Own, source: str) -> Tensors:
+    """The tensors that a reading takes, under the model's names, a tied one under its first."""
+    taken: Tensors = {}
+    tensors = judged.reading.states.tensors
+    for name, theirs in judged.reading.names.items():
+        first, mine = own.tied[name], own.tensors[name]
+        is_other_counter = leaf(name) in COUNTERS and tensors[theirs].shape != mine.shape
+        if name in own.head or theirs not in tensors or is_other_counter:
             continue
-        if leaf(name) in COUNTERS and reading.states.tensors[theirs].shape != own.tensors[name].shape:
-            continue
-        tensor = reading.states.tensors[theirs]
-        tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
+        tensor = tensors[theirs] if tensors[theirs].layout is torch.strided else tensors[theirs].to_dense()
         tensor = tensor.sum(1, keepdim=True) if name in judged.summed else tensor
-        first = own.tied[name]
-        if first in new and not torch.equal(new[first], tensor):
+        if first in taken and not torch.equal(taken[first], tensor):
             raise WeightsError(f"{source}: {first} and {name} are one tensor in the model, and differ in the file")
-        new[first] = tensor
-    state = OrderedDict(module.state_dict())
-    state |= {name: new[first] for name, first in own.tied.items() if first in new}
-    state._metadata = module.state_dict()._metadata  # the versions that layers wrote it in, as torch hands them on
-    try:
-        module.load_state_dict(state)
-    except (RuntimeError, TypeError, ValueError) as error:  # a module may read its state in its own way
-        raise WeightsError(f"{source} is refused by the model: {reason(error)}") from error
+        taken[first] = tensor
+    return taken
+
+
+def _check_numbers(taken: Tensors, own: Own, source: str) -> list[str]:
+    """Refuses what is no number, or none in the model's number type; a line about what becomes zero in it."""
     bad, beyond, vanished = [], [], []
-    for name, tensor in new.items():
-        written, is_finite = own.tensors[name].detach(), own.tensors[name].detach().isfinite()
-        if not is_finite.all() and not torch.equal(is_finite, before[name].isfinite()):
-            (bad if not tensor.isfinite().all() else beyond).append(name)
+    for name, tensor in taken.items():
+        mine, written = own.tensors[name].detach(), tensor.to(own.tensors[name].dtype)
+        is_finite = written.isfinite()
+        if not is_finite.all() and (isinstance(mine, nn.Parameter) or not torch.equal(is_finite, mine.isfinite())):
+            (beyond if tensor.isfinite().all() else bad).append(name)
         elif tensor.dtype is torch.float64 and tensor.count_nonzero() != written.count_nonzero():
             vanished.append(name)
     if bad:
@@ -145,6 +146,16 @@ def _write(module: nn.Module, judged: Judged, own: Own, source: str) -> list[str
         raise WeightsError(f"{source} is too large for float32, NaN or infinity there, in {listed(beyond)}")
     line = f"{source}: entries of {listed(vanished)} are too small for float32, and are zero here"
     return [line] if vanished else []
+
+
+def _write(module: nn.Module, taken: Tensors, own: Own, source: str) -> None:
+    state = OrderedDict(module.state_dict())
+    state |= {name: taken[first] for name, first in own.tied.items() if first in taken}
+    state._metadata = module.state_dict()._metadata  # the versions that layers wrote it in, as torch hands them on
+    try:
+        module.load_state_dict(state)
+    except (RuntimeError, TypeError, ValueError) as error:  # a module may read its state in its own way
+        raise WeightsError(f"{source} is refused by the model: {reason(error)}") from error
 
 
 def _head(module: nn.Module, images: Tensor | None, key: str) -> list[str]:

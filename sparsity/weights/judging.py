@@ -105,6 +105,9 @@ def _judge(reading: Reading, own: Own) -> Judged:
         is_again = name in tensors and place_of(tensors[name]) in used
         if name not in tensors or leaf(name) in COUNTERS or is_again:
             continue
+        if _is_mask_that_holds(name, tensors):
+            judged.left_out.append(name)
+            continue
         is_elsewhere = not name.startswith(reading.prefix)
         is_head = bool(own.head) and _is_of_head(inner, name, reading, own)
         if is_elsewhere or is_head or AUXILIARY.search(inner.split(".")[0]):
@@ -112,6 +115,16 @@ def _judge(reading: Reading, own: Own) -> Judged:
         else:
             judged.unexpected.append(name)
     return judged
+
+
+def _is_mask_that_holds(name: str, tensors: Tensors) -> bool:
+    """Whether a tensor is the mask beside a weight that is zero wherever the mask is, as some pruners keep it."""
+    owner, _, own = name.rpartition(".")
+    masked = own.removesuffix("mask").removesuffix("_") or "weight"
+    weight, mask = tensors.get(f"{owner}.{masked}" if owner else masked), tensors[name]
+    if not own.endswith("mask") or weight is None or weight.shape != mask.shape or mask.layout is not torch.strided:
+        return False
+    return not weight.detach().to_dense()[mask == 0].any()
 
 
 def leaf(name: str) -> str:

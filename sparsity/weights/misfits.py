@@ -64,6 +64,9 @@ def _facts(judged: Judged, theirs: Mapping[str, torch.Size], own: Own, last: Seq
             what = "images of {} channels" if len(ours) == 4 else "{} inputs"
             summed = ", for which model.head=new would sum over them" if is_of_more_channels(*both) else ""
             facts.append(f"it is of {what.format(other[1])}, the data's have {ours[1]}{summed}")
+    masks = [name for name in judged.unexpected if name.endswith("mask")]
+    if masks:
+        facts.append(f"weights are not zero where {listed(masks, 1)} is: multiply them and save that")
     if judged.shapes.keys() & set(last):
         facts.append("model.head=new would draw the last layer anew")
     if (judged.missing or judged.unexpected) and len(theirs) != len(own.tensors):
