@@ -52,7 +52,7 @@ FACTORS = frozenset(("mul", "div"))
 # Functions that move entries.
 MOVES = frozenset((
     "permute", "transpose", "t", "expand", "slice", "select", "unsqueeze", "squeeze", "split", "split_with_sizes",
-    "unbind", "flip", "roll", "repeat", "index", "index_select", "unfold", "diagonal", "unsafe_split",
+    "unbind", "flip", "roll", "repeat", "index", "_unsafe_index", "index_select", "unfold", "diagonal", "unsafe_split",
     "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle", "movedim", "narrow", "chunk",
 ))
 VIEWS = frozenset(("view", "_unsafe_view", "reshape", "_reshape_alias", "_reshape_copy", "view_copy"))
@@ -208,6 +208,7 @@ class _Recorder(TorchDispatchMode):
             matmuls=self.matmuls,
             heard=_cat([*self.heard, ends]).unique(),
             outputs=ends,
+            inputs=self.pixels,
             frozen=_cat(self.frozen).unique(),
             unknown=tuple(self.unknown),
         )
@@ -353,6 +354,9 @@ class _Recorder(TorchDispatchMode):
             return tree_map(_compressed, found)
 
         if isinstance(first, Tensor):
+            if name == "pixel_shuffle":  # a pixel's parts go together
+                parts = first.expand(1, args[0].shape[1], *first.shape[2:]).unflatten(1, (-1, args[1] ** 2))
+                self._tie(parts, parts[:, :, :1])
             return move(first)
         if not isinstance(first, _Held):
             return None

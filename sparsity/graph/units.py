@@ -258,6 +258,7 @@ class Units:
     matmuls: Sequence[Matmul]
     heard: Tensor  # slots that are heard whatever the weights are: outputs, and what is mixed with others
     outputs: Tensor  # the slots of the outputs
+    inputs: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # of an image's pixels, in order
     frozen: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))  # slots of unknown use
     unknown: tuple[str, ...] = ()  # the functions that froze them
 
