@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sparsity import config
+from sparsity import config, processes
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, one_line
 from sparsity.streams import be_lenient
 
@@ -85,6 +85,7 @@ def command_line(arguments: Sequence[str]) -> int | str | None:
     options = argparse.Namespace(package=None)
     try:
         arguments = sys.argv[1:] = config.shell_home(arguments)
+        processes.end_by_sigterm()
         options = config.check_options(arguments)
         config.watch_warnings()
         utils.run_and_report = program.run_and_report = reporting(utils.run_and_report, options.overrides)
@@ -93,6 +94,8 @@ def command_line(arguments: Sequence[str]) -> int | str | None:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as end:
+        if processes.is_interruption(end):
+            return processes.TERMINATED
         return USER_MISTAKE if end.code == 1 and options.package else end.code  # a package that is not there
     except Exception as error:
         line = config.mistake(error, arguments)

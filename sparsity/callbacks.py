@@ -1,15 +1,17 @@
 """The Hydra callback of every sweep: names its folder, says how far it is, and sums it up at the end."""
 
+import contextlib
 import datetime
 import functools
 import json
 import logging
+import math
 import os
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,13 +25,16 @@ from omegaconf.errors import OmegaConfBaseException
 from sparsity import config as schema
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, reason
 from sparsity.files import is_read_only, why_not_writable, write_text
+from sparsity.processes import end_with, end_workers, is_interruption, this_process
 
 log = logging.getLogger("sparsity")
 
 FORMAT = 1  # of sweep.json
+RESULT, FAILURE = "result.json", "failure.json"  # say that a member has ended
 NAME = "{name}"  # in hydra.sweep.dir
 IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
-SECONDS_BETWEEN_LOOKS = 2.0  # at the folder, where the members run in other processes
+OF_A_CLUSTER = ("submitit_slurm",)  # whose jobs are not its children
+SECONDS_BETWEEN_LOOKS = 0.5  # at the folder, where the members run in other processes; more where a look takes long
 
 
 def _refusing(method: Callable[..., None]) -> Callable[..., None]:
@@ -51,9 +56,10 @@ class Sweep(Callback):
     def __init__(self, published: bool = False):
         self.published = published  # draws published results of the same network behind the members
         self.progress: Progress | None = None
+        self.owner: dict[str, Any] | None = None  # the process of the sweep, for those of its launcher
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"published": self.published, "progress": None}  # in a process of a launcher's, nothing is said
+        return {**vars(self), "progress": None}  # in a process of a launcher's, nothing is said
 
     @_refusing
     def on_run_start(self, config: DictConfig, **rest: Any) -> None:
@@ -72,9 +78,12 @@ class Sweep(Callback):
         if config.store is not None and "store" not in schema.swept_keys(config.hydra.overrides.task):
             _make("store", schema.at_home(config.store))
         total = _write_sweep(folder, config)
-        self.progress = Progress(folder, total)
-        if config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
+        self.progress = Progress(folder, total, numbered=_numbers(config, total))
+        self.progress.begin()
+        launcher = config.hydra.runtime.choices["hydra/launcher"]
+        if launcher not in IN_PROCESS:
             self.progress.watch()
+            self.owner = None if launcher in OF_A_CLUSTER else this_process()
 
     @_refusing
     def on_job_start(self, config: DictConfig, **rest: Any) -> None:
@@ -85,6 +94,8 @@ class Sweep(Callback):
         if config.hydra.mode is RunMode.RUN:
             _announce(config)
         is_elsewhere = self.progress is None and config.hydra.mode is RunMode.MULTIRUN
+        if is_elsewhere and self.owner is not None:
+            end_with(self.owner)
         if is_elsewhere and not config.hydra.job.chdir:
             os.chdir(config.hydra.runtime.cwd)
 
@@ -97,9 +108,12 @@ class Sweep(Callback):
         """Sums the sweep up, whether it is whole or was interrupted."""
         if self.progress is None:
             return
-        self.progress.stop()
         error = sys.exc_info()[1]  # what ends the sweep, if it does not end by itself
-        if self.progress.has_moved or not isinstance(error, SystemExit | HydraException):
+        if is_interruption(error) and config.hydra.runtime.choices["hydra/launcher"] not in IN_PROCESS:
+            end_workers()
+        self.progress.stop()
+        is_refusal = isinstance(error, SystemExit | HydraException) and not is_interruption(error)
+        if self.progress.has_moved or not is_refusal:
             self._show()
         if error is not None and (isinstance(error, HydraException) or _is_of_launcher(error)):
             own = config.hydra.runtime.choices["hydra/launcher"]
@@ -110,7 +124,8 @@ class Sweep(Callback):
         from sparsity.results import sweeps, table
 
         try:
-            table.show(sweeps.summarise([self.progress.folder], published=self.published))
+            summary = sweeps.summarise([self.progress.folder], published=self.published)
+            table.show(summary, before=self.progress.finished_before())
         except (SparsityError, OSError) as error:
             log.error(f"the summary of {self.progress.folder} could not be written: {reason(error)}")
 
@@ -128,20 +143,50 @@ def _announce(config: DictConfig) -> None:
     say_parts([part for part in parts if part])
 
 
+def _numbers(config: DictConfig, total: int | None) -> float | None:
+    """Below what number the names of members' folders are; None where the user names them."""
+    is_grid = config.hydra.runtime.choices["hydra/sweeper"] == "basic"
+    return (total if is_grid and total is not None else math.inf) if schema.is_numbered(config) else None
+
+
 class Progress:
     """Says how far a sweep is, whenever another member has ended."""
 
-    def __init__(self, folder: Path, total: int | None):
-        self.folder, self.total = folder, total
+    def __init__(self, folder: Path, total: int | None, *, numbered: float | None = None):
+        """numbered: below what number the names of members' folders are; any other folder is another sweep's."""
+        self.folder, self.total, self.numbered = folder, total, numbered
         self.start = time.monotonic()
-        self.ended = self.ended_before = sum(1 for _ in _ended(folder))
+        self.before = self._ended()
+        self.said = len(self.before)
         self.stopped = threading.Event()
         self.thread: threading.Thread | None = None
+
+    def begin(self) -> None:
+        """Says what is there already."""
+        done = len(self.finished_before())
+        if done:
+            log.info(f"{self.folder}: {done} of {self._of(done)} members are finished already")
+
+    def finished_before(self) -> list[Path]:
+        """The folders of members that were finished before the start, and have not been run again."""
+        now = self._ended()
+        return [folder for folder, end in self.before.items() if end[0] == RESULT and now.get(folder) == end]
 
     @property
     def has_moved(self) -> bool:
         """Whether a member has ended since the start."""
-        return sum(1 for _ in _ended(self.folder)) > self.ended_before
+        return bool(self._new(self._ended()))
+
+    def _ended(self) -> dict[Path, tuple[str, int]]:
+        """The members that have ended, well or badly: which file says so, and when it was written."""
+        return {folder: end for folder, end in _ended(self.folder) if self._is_own(folder)}
+
+    def _is_own(self, folder: Path) -> bool:
+        name = folder.relative_to(self.folder).as_posix()
+        return self.numbered is None or (name.isdigit() and int(name) < self.numbered)
+
+    def _new(self, ended: dict[Path, tuple[str, int]]) -> list[Path]:
+        return [folder for folder, end in ended.items() if self.before.get(folder) != end]
 
     def watch(self) -> None:
         """Looks at the folder from time to time, where the members run in other processes."""
@@ -149,25 +194,33 @@ class Progress:
         self.thread.start()
 
     def _look(self) -> None:
-        while not self.stopped.wait(SECONDS_BETWEEN_LOOKS):
+        seconds = SECONDS_BETWEEN_LOOKS
+        while not self.stopped.wait(seconds):
+            begin = time.monotonic()
             self.say()
+            seconds = max(SECONDS_BETWEEN_LOOKS, 10 * (time.monotonic() - begin))
 
     def stop(self) -> None:
-        """Says no more."""
+        """Says what has ended since it last looked, and no more."""
         self.stopped.set()
         if self.thread is not None:
             self.thread.join()
+            self.say()
 
     def say(self) -> None:
         """One line, if a member has ended since the last one."""
-        ended = sum(1 for _ in _ended(self.folder))
-        if ended == self.ended:
+        ended = self._ended()
+        if len(ended) == self.said:
             return
-        self.ended = ended
-        log.info(" | ".join([self._count(), *self._front(), *self._left()]))
+        self.said = len(ended)
+        log.info(" | ".join([self._count(), *self._front(), *self._left(len(self._new(ended)))]))
 
     def _count(self) -> str:
-        return f"sweep: {self.ended} of {self.total or '?'} members"
+        return f"sweep: {self.said} of {self._of(self.said)} members"
+
+    def _of(self, ended: int) -> int | str:
+        """How many members there are in all: a search that was larger before has more than it asks for now."""
+        return "?" if self.total is None else max(self.total, ended)
 
     def _front(self) -> list[str]:
         """The front so far: how many points, and its most accurate and its smallest network."""
@@ -183,20 +236,20 @@ class Progress:
         ends = [f"{table.accuracy(each, VALIDATION)} at {table.times(each)}" for each in (best, small)]
         return [f"front of {len(summary.front)}, validation {' to '.join(dict.fromkeys(ends))}"]
 
-    def _left(self) -> list[str]:
-        done = self.ended - self.ended_before
-        if not self.total or not done or self.ended >= self.total:
+    def _left(self, done: int) -> list[str]:
+        if not self.total or not done or self.said >= self.total:
             return []
-        seconds = (time.monotonic() - self.start) / done * (self.total - self.ended)
+        seconds = (time.monotonic() - self.start) / done * (self.total - self.said)
         return [f"{datetime.timedelta(seconds=round(seconds))} left"]
 
 
-def _ended(folder: Path) -> Any:
-    """The files that say that a member has ended, well or badly."""
+def _ended(folder: Path) -> Iterator[tuple[Path, tuple[str, int]]]:
+    """The folders of members that have ended, well or badly: the file that says so, and when it was written."""
     for path, subfolders, files in os.walk(folder):
-        found = {"result.json", "failure.json"} & set(files)
+        found = next((name for name in (RESULT, FAILURE) if name in files), None)
         if found:
-            yield path
+            with contextlib.suppress(OSError):
+                yield Path(path), (found, os.stat(os.path.join(path, found)).st_mtime_ns)
             subfolders.clear()
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
 

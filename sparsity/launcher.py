@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, open_dict
 
 from sparsity.errors import USER_MISTAKE, SparsityError, reason
+from sparsity.processes import end_workers
 
 log = logging.getLogger("sparsity")
 
@@ -152,8 +153,13 @@ class LocalLauncher(Launcher):
         cores = _num_cores()
         at_a_time = cores if self.n_jobs == -1 else self.n_jobs
         numbers = range(initial_job_idx, initial_job_idx + len(job_overrides))
-        with _threads(max(1, cores // at_a_time)), ThreadPoolExecutor(at_a_time) as pool:
-            return list(pool.map(self._launch_one, job_overrides, numbers))
+        with _threads(max(1, cores // at_a_time)), ThreadPool(at_a_time) as pool:  # its threads end with the program
+            try:
+                return pool.starmap(self._launch_one, zip(job_overrides, numbers), chunksize=1)
+            except BaseException:  # Ctrl-C or SIGTERM
+                pool.terminate()
+                end_workers()
+                raise
 
     def _launch_one(self, overrides: Sequence[str], number: int) -> JobReturn:
         """The return of one job; a process that ends without one has failed, and takes no other down."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import types
 
 import pytest
@@ -15,6 +16,7 @@ from test_sweeps import put
 from sparsity import config
 from sparsity.callbacks import Progress, Sweep
 from sparsity.errors import DivergedError
+from sparsity.processes import this_process
 
 
 def multirun(*overrides):
@@ -173,3 +175,79 @@ def test_a_refused_search_is_not_summed_up(sweep, tmp_path, capsys):
     with pytest.raises(SystemExit):
         ended_by(SystemExit(2), *sweep)
     assert "2 members: 0 done, 1 failed, 1 unfinished" in capsys.readouterr().out
+
+
+def test_what_is_resumed_is_told_as_that(tmp_path, caplog, capsys):
+    caplog.set_level("INFO")
+    put(tmp_path / "0", ["seed=0"])
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "failure.json").write_text("{}")
+    own, composed = Sweep(), multirun("seed=0,1,2", f"hydra.sweep.dir={tmp_path}")
+    own.on_multirun_start(composed)
+    assert f"{tmp_path}: 1 of 3 members are finished already" in caplog.text and not own.progress.has_moved
+    shutil.rmtree(tmp_path / "1")
+    put(tmp_path / "1", ["seed=1"])
+    own.on_multirun_end(composed)
+    assert "; 1 finished before this start\n" in capsys.readouterr().out
+    assert own.progress.finished_before() == [tmp_path / "0"]
+
+
+def test_members_of_another_sweep_are_not_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in ("0", "3", "7", "mine"):
+        put(tmp_path / name, ["seed=0"])
+    own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    own.on_multirun_start(composed)
+    put(tmp_path / "1", ["seed=1"])
+    own.on_job_end(composed)
+    assert "1 of 2 members are finished already" in caplog.text and "sweep: 2 of 2 members" in caplog.text
+
+
+def test_a_search_that_asks_for_less_than_before_has_all_its_members(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for number in range(3):
+        put(tmp_path / str(number), [f"sensitivity=0.{number}"])
+    own = Sweep()
+    composed = multirun("search=random", "hydra.sweeper.n_trials=2", f"hydra.sweep.dir={tmp_path}")
+    own.on_multirun_start(composed)
+    put(tmp_path / "3", ["sensitivity=0.9"])
+    own.on_job_end(composed)
+    assert "3 of 3 members are finished already" in caplog.text and "sweep: 4 of 4 members" in caplog.text
+
+
+def test_members_of_other_processes_are_told_to_the_last(tmp_path, caplog):
+    caplog.set_level("INFO")
+    own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    composed.hydra.runtime.choices["hydra/launcher"] = "joblib"
+    own.on_multirun_start(composed)
+    for number in range(2):  # both end just before the sweep does
+        put(tmp_path / str(number), [f"seed={number}"])
+    own.on_multirun_end(composed)
+    assert "sweep: 2 of 2 members" in caplog.text
+
+
+@pytest.mark.parametrize(("launcher", "ends"), [("joblib", True), ("basic", False)])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
+def test_an_interrupted_sweep_ends_its_workers_and_is_summed_up(error, launcher, ends, sweep, monkeypatch, capsys):
+    own, composed = sweep
+    composed.hydra.runtime.choices["hydra/launcher"] = launcher
+    ended = []
+    monkeypatch.setattr("sparsity.callbacks.end_workers", lambda: ended.append(True))
+    with pytest.raises(type(error)):
+        ended_by(error, own, composed)
+    assert bool(ended) == ends and "2 members: 0 done, 2 unfinished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("launcher", "follows"), [("joblib", True), ("submitit_slurm", False), ("basic", False)])
+def test_a_worker_knows_its_sweep(launcher, follows, tmp_path, monkeypatch):
+    own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    composed.hydra.runtime.choices["hydra/launcher"] = launcher
+    own.on_multirun_start(composed)
+    own.progress.stop()
+    followed = []
+    monkeypatch.setattr("sparsity.callbacks.end_with", followed.append)
+    sent = Sweep.__new__(Sweep)
+    sent.__dict__.update(own.__getstate__())
+    composed.hydra.mode, composed.hydra.runtime.cwd = RunMode.MULTIRUN, str(tmp_path)
+    sent.on_job_start(composed)
+    assert followed == ([this_process()] if follows else [])

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "kinds", "uses", "front", "memory", "streams"},
+    {"errors", "processes", "kinds", "uses", "front", "memory", "streams"},
     {"files", "tensors", "tables"},
     {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
     {"population", "weights"},

@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -248,7 +249,7 @@ def dying(after):
 
 
 def test_a_trial_whose_owner_is_gone_is_run_again_in_its_folder(searching, monkeypatch):
-    monkeypatch.setattr(search, "_owner", lambda: {"host": search.socket.gethostname(), "pid": 2**22, "started": 0.0})
+    monkeypatch.setattr(search, "this_process", lambda: {"host": socket.gethostname(), "pid": 2**22, "started": 0.0})
     for after in (2, 1):
         with pytest.raises(Killed):
             searching(answer=dying(after))
@@ -281,7 +282,7 @@ def test_finished_members_whose_results_are_gone_are_run_again(searching, tmp_pa
 @pytest.mark.parametrize("method", ["set_user_attr", "_suggest"])
 @pytest.mark.parametrize("second", [0, *slow(1), 2, *slow(3)])
 def test_a_search_that_dies_while_it_asks_loses_no_point_and_no_folder(method, second, searching, monkeypatch):
-    monkeypatch.setattr(search, "_owner", lambda: {"host": search.socket.gethostname(), "pid": 2**22, "started": 0.0})
+    monkeypatch.setattr(search, "this_process", lambda: {"host": socket.gethostname(), "pid": 2**22, "started": 0.0})
     real = getattr(search.Trial, method)
     for after in (5, second):  # the second one dies where the first one's point is asked for again
         calls = iter(range(100))
@@ -312,9 +313,9 @@ def test_a_trial_that_another_process_runs_is_left_alone(searching):
 
 
 def test_owners_are_told_from_processes_of_the_same_number():
-    own = search._owner()
-    assert not search._is_gone(own) and search._is_gone({**own, "started": own["started"] - 100})
-    assert search._is_gone(None) and not search._is_gone({**own, "host": "elsewhere", "pid": 2**22})
+    own = search.this_process()
+    assert not search.is_gone(own) and search.is_gone({**own, "started": own["started"] - 100})
+    assert search.is_gone(None) and not search.is_gone({**own, "host": "elsewhere", "pid": 2**22})
 
 
 # --- failures --------------------------------------------------------------------------------------------------------
@@ -621,7 +622,7 @@ def test_points_of_others_are_taken_where_they_are_of_this_search(searching, tmp
 
 @pytest.mark.parametrize("owner", ["me", {}, {"host": 1}, {"pid": -1}, {"pid": 10**30}, {"started": "then"}, [1]])
 def test_owners_that_are_none_are_gone(owner):
-    assert search._is_gone({**search._owner(), **owner} if isinstance(owner, dict) and owner else owner)
+    assert search.is_gone({**search.this_process(), **owner} if isinstance(owner, dict) and owner else owner)
 
 
 @pytest.mark.parametrize("asked", ["x", *slow({"space": {}}, {"space": 1, "objectives": [], "config": ""})])
@@ -637,7 +638,7 @@ def test_a_study_of_another_program_is_refused(asked, searching):
 
 @pytest.mark.parametrize("cut", [20, *slow(1, 90)])
 def test_a_journal_that_was_cut_short_goes_on(cut, searching, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(search, "_owner", lambda: {"host": search.socket.gethostname(), "pid": 2**22, "started": 0.0})
+    monkeypatch.setattr(search, "this_process", lambda: {"host": socket.gethostname(), "pid": 2**22, "started": 0.0})
     searching(n_trials=2)
     journal = tmp_path / "studies.log"
     journal.write_bytes(journal.read_bytes()[:-cut])

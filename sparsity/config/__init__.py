@@ -22,7 +22,7 @@ from sparsity.config.schema import (
     Schedule,
     StageSchedule,
 )
-from sparsity.config.sweeps import check_sweep, count_members, search_ranges, sweep_name, swept_keys
+from sparsity.config.sweeps import check_sweep, count_members, is_numbered, search_ranges, sweep_name, swept_keys
 from sparsity.config.trust import admitted, may_call
 from sparsity.config.typed import check
 
@@ -52,6 +52,7 @@ __all__ = [
     "folder_of_run",
     "hydra_of",
     "idle_settings",
+    "is_numbered",
     "may_call",
     "mistake",
     "read",

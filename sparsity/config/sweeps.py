@@ -17,6 +17,7 @@ from sparsity.config.typed import check, flatten
 from sparsity.errors import ConfigError
 
 NEUTRAL = ("plots", "step", "store", "threads", "trust")  # keys that change no number, and so no sweep
+NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 NAMING = ("search", "model", "data", "reg", "prune")  # groups whose choices make a sweep's name
 
 
@@ -65,6 +66,11 @@ def count_members(overrides: Sequence[str]) -> int | None:
     if not all(override.is_discrete_sweep() for override in swept):
         return None
     return math.prod(len(list(override.sweep_string_iterator())) for override in swept)
+
+
+def is_numbered(composed: DictConfig) -> bool:
+    """Whether the folders of a sweep's members are their numbers, and not named by the user."""
+    return _plain(composed.hydra.sweep)["subdir"] == NUMBERED
 
 
 def check_sweep(composed: DictConfig) -> None:

@@ -1,6 +1,7 @@
 """What a person sees at the end of a sweep: the front as a table, how the members ended, how sweeps compare."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 
 from sparsity.results import macs_left, near
 from sparsity.results.members import Member, canonical
@@ -13,9 +14,12 @@ SEEDS = "means over seeds, ± 95 % interval; of two, both accuracies; structure 
 MOST_FAILURES = 10  # that are told one by one
 
 
-def show(summary: Summary) -> None:
-    """How the members ended, the front as a table, and the lines that run it again, on stdout."""
-    for line in [*count_lines(summary), *stage_lines(summary)]:
+def show(summary: Summary, before: Collection[Path] = ()) -> None:
+    """How the members ended, the front as a table, and the lines that run it again, on stdout.
+
+    before: the folders of members that an earlier start of the sweep has finished.
+    """
+    for line in [*count_lines(summary), *stage_lines(summary, before)]:
         say(line)
     if not summary.points:
         say(f"no member has finished: nothing to draw; {SUMMARY} is in {near(summary.out)}")
@@ -46,11 +50,14 @@ def _failure(member: Member) -> str:
     return f"failed: {near(member.folder)}: {member.error}"
 
 
-def stage_lines(summary: Summary) -> list[str]:
-    """How many members computed each stage themselves, where they say so."""
-    counts = num_stages(summary.members)
+def stage_lines(summary: Summary, before: Collection[Path] = ()) -> list[str]:
+    """How many members computed each stage themselves, where they say so; of a start of a sweep, its own alone."""
+    own = [member for member in summary.members if member.folder not in before]
+    counts = num_stages(own)
     words = ", ".join(f"{stage} {count}" for stage, count in counts.items())
-    return [f"stages computed: {words}"] if counts else []
+    earlier = f"{len(summary.members) - len(own)} finished before this start"
+    computed = [f"stages computed: {words}"] if counts else ["stages computed: none"] if before else []
+    return [f"{line}; {earlier}" if before else line for line in computed]
 
 
 def show_front(summary: Summary) -> None:

@@ -12,7 +12,6 @@ import itertools
 import json
 import logging
 import re
-import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from typing import Any
 
 import filelock
 import optuna
-import psutil
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -34,6 +32,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from sparsity import config as schema
 from sparsity.errors import ConfigError, DivergedError, SparsityError, reason
+from sparsity.processes import is_gone, this_process
 from sparsity.results.sealed import is_finished
 from sparsity.sweeper.space import (
     Place,
@@ -53,7 +52,6 @@ from sparsity.sweeper.storage import file_of, mend, storage_of
 log = logging.getLogger("sparsity")
 
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")  # what a YAML may name as one
-NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 MISTAKES_IN_A_ROW = 3  # members that fail by the user's mistake before the search ends: all others would
 REMEDY = "give sqlite:///FILE, journal:///FILE, or the URL of a database that runs"  # for a storage
 TRIES = 4  # to open a database whose tables another process may just be making
@@ -274,7 +272,7 @@ class Search(OptunaSweeperImpl):
             trials = []
             while len(trials) < wanted and (_waiting(study) or self._left(study, space) >= 1):
                 trial = study.ask()
-                trial.set_user_attr("owner", _owner())
+                trial.set_user_attr("owner", this_process())
                 trial.set_user_attr("folder", _own_folder(study, trial))
                 if self._is_suggested(study, trial, space):
                     trials.append(trial)
@@ -306,7 +304,7 @@ class Search(OptunaSweeperImpl):
 
     def _is_numbered(self) -> bool:
         """Whether the folders of members are numbered, and not named by the user."""
-        return OmegaConf.to_container(self.config.hydra.sweep, resolve=False)["subdir"] == NUMBERED
+        return schema.is_numbered(self.config)
 
     def _folder(self, name: str) -> list[str]:
         """The override that puts a job into its trial's folder; none where the user names folders."""
@@ -408,25 +406,6 @@ def _check_same(study: optuna.Study, asked: Mapping[str, Any], storage: str | No
 # --- trials and their owners -----------------------------------------------------------------------------------------
 
 
-def _owner() -> dict[str, Any]:
-    """This process, as others on the machine can tell it from one that has its number later."""
-    process = psutil.Process()
-    return {"host": socket.gethostname(), "pid": process.pid, "started": process.create_time()}
-
-
-def _is_gone(owner: Any) -> bool:
-    """Whether the process that ran a trial has ended; of another machine's, nobody here can say."""
-    known = {"host": str, "pid": int, "started": float | int}
-    if not isinstance(owner, dict) or not all(isinstance(owner.get(key), kind) for key, kind in known.items()):
-        return True
-    if owner["host"] != socket.gethostname():
-        return False
-    try:
-        return abs(psutil.Process(owner["pid"]).create_time() - owner["started"]) > 1
-    except (psutil.Error, ValueError, OverflowError):
-        return True
-
-
 def _folder_of(trial: FrozenTrial | Trial) -> str | None:
     """The name of a member's folder, a number; None where a study says anything else, which may lie anywhere."""
     name = trial.user_attrs.get("folder")
@@ -471,7 +450,7 @@ def _close_orphans(study: optuna.Study) -> None:
     """Closes running trials whose owner is gone, and queues their points to be run again in the same folders."""
     for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
         owner = trial.user_attrs.get("owner")
-        if _is_gone(owner):
+        if is_gone(owner):
             _close(study, trial._trial_id)
             log.info(f"member {_folder_of(trial) or trial.number} was cut off: it is run again")
 
