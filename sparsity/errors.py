@@ -50,3 +50,7 @@ class WeightsError(SparsityError):
 
 class DivergedError(SparsityError):
     """A loss that became NaN or infinite."""
+
+
+class StageError(SparsityError):
+    """A stage that failed on its way: a module, a method or an optimizer of the user's own, or memory."""

@@ -52,7 +52,7 @@ class Step:
         functions = [
             _gradients(population, splits, precision, moved),
             _penalised(population, penalty, moved),
-            _update(self.optimizer, moved),
+            _update(self.optimizer, moved, {} if is_elementwise(self.optimizer) else population.masks),
         ]
         if self.gathers:
             functions.insert(0, _gathered(self.train))
@@ -83,10 +83,22 @@ class Step:
                 group["lr"] = rate
 
 
-def try_step(population: Population, splits: Splits, precision: torch.dtype) -> None:
-    """Raises what a training step would raise on two images; changes nothing."""
-    if not _moved(leaves(population), splits, None, precision):
+def try_step(population: Population, splits: Splits, precision: torch.dtype, num_images: int = 2) -> None:
+    """Raises what a training step would raise on a batch of so many images; changes nothing."""
+    if not _moved(leaves(population), splits, None, precision, num_images):
         raise ValueError("its output depends on no parameter that is not frozen")
+
+
+def is_finite(population: Population, images: Tensor) -> bool:
+    """Whether outputs on images [batch, *shape], in evaluation, and their gradients are finite; changes nothing."""
+    population = leaves(population)
+    module = population.module.eval()
+    function = partial(outputs, module, images=images, precision=torch.float32)
+    with torch.random.fork_rng(devices=cuda_devices(population)):
+        found = over_members(function, population.num_members, (0, 0))(population.parameters, population.buffers)
+    trainable = list(population.trainable.values())
+    slopes = torch.autograd.grad(found.sum(), trainable, allow_unused=True) if found.requires_grad else []
+    return all(bool(each.isfinite().all()) for each in (found, *slopes) if each is not None)
 
 
 def leaves(population: Population) -> Population:
@@ -142,14 +154,21 @@ def _penalised(population: Population, penalty: Penalty | None, moved: Tensors) 
     return penalised
 
 
-def _update(optimizer: torch.optim.Optimizer, moved: Tensors) -> Function:
-    """The rows and gradients to the rows alone, the parameters moved."""
+def _update(optimizer: torch.optim.Optimizer, moved: Tensors, held: Tensors) -> Function:
+    """The rows and gradients to the rows alone, the parameters moved.
+
+    held: the masks of an optimizer that may move an entry whose gradient is 0, which is put back.
+    """
     take = partial(getattr(type(optimizer).step, "__wrapped__", type(optimizer).step), optimizer)  # without a profiler
+    before = {name: moved[name].detach().clone() for name in held if name in moved}
 
     def update(rows: Tensor, *gradients: Tensor) -> list[Tensor]:
         for parameter, gradient in zip(moved.values(), gradients):
             parameter.grad = _laid_like(parameter, gradient)
         take()
+        with torch.no_grad():
+            for name, value in before.items():
+                moved[name].copy_(torch.where(held[name], moved[name], value))
         return [rows]
 
     return update
@@ -181,14 +200,22 @@ def _penalties(population: Population, penalty: Penalty | None) -> Function:
     return lambda: one(population.parameters, penalty.numbers)
 
 
-def _moved(population: Population, splits: Splits, penalty: Penalty | None, precision: torch.dtype) -> Tensors:
-    """The trainable parameters that loss or penalty depend on, found on two images of which nothing stays."""
+def _moved(
+    population: Population, splits: Splits, penalty: Penalty | None, precision: torch.dtype, num_images: int = 2
+) -> Tensors:
+    """The trainable parameters that loss or penalty depend on, found on a batch of which nothing stays."""
     population.module.train()
-    batch = next(splits.train.batches(torch.zeros(population.num_members, 2, dtype=torch.long), 2))
+    (batch,) = splits.train.batches(torch.zeros(population.num_members, 1, dtype=torch.long), 1)
+    images, labels = (_repeated(each, num_images) for each in (batch.images, batch.labels))
     buffers = {name: buffer.clone() for name, buffer in population.buffers.items()}
     with torch.random.fork_rng(devices=cuda_devices(population)):
-        losses = _losses(population, splits, precision)(buffers, batch.images, batch.labels)
+        losses = _losses(population, splits, precision)(buffers, images, labels)
         return _reached((losses + _penalties(population, penalty)()).sum(), population.trainable)
+
+
+def _repeated(first: Tensor, count: int) -> Tensor:
+    """What belongs to one image of each member, [members, 1, …], for a batch of them."""
+    return first.repeat(1, count, *[1] * (first.ndim - 2))
 
 
 def _reached(value: Tensor, tensors: Tensors) -> Tensors:

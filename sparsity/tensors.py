@@ -6,6 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from sparsity.uses import Use, uses
 
@@ -96,6 +99,34 @@ def _by_shape(parameter: Tensor) -> Layout:
 def _is_matrix(parameter: Tensor) -> bool:
     """Whether two axes or more are longer than 1."""
     return sum(size > 1 for size in parameter.shape) > 1
+
+
+def normalised(module: nn.Module) -> dict[str, str]:
+    """The parameters that torch makes a weight of anew in every pass, by name, and what makes it.
+
+    A zero in such a parameter is none in the weight, or a row of zeros is 0 / 0. Lengths of weight normalisation are
+    left out: they may be 0.
+    """
+    found = {}
+    for path, owner in module.named_modules():
+        makers = getattr(owner, "parametrizations", {}) if parametrize.is_parametrized(owner) else {}
+        made = {f"parametrizations.{name}.": type(maker[0]).__name__ for name, maker in makers.items()}
+        hooks = [hook for hook in owner._forward_pre_hooks.values() if isinstance(hook, (WeightNorm, SpectralNorm))]
+        made |= {f"{hook.name}_": type(hook).__name__ for hook in hooks}
+        for name, _ in owner.named_parameters():
+            for start, maker in made.items():
+                if name.startswith(start) and not name.endswith(("_g", "original0")):
+                    found[f"{path}.{name}".removeprefix(".")] = MAKERS.get(maker, maker)
+    return found
+
+
+MAKERS = {
+    "_WeightNorm": "torch.nn.utils.parametrizations.weight_norm",
+    "_SpectralNorm": "torch.nn.utils.parametrizations.spectral_norm",
+    "_Orthogonal": "torch.nn.utils.parametrizations.orthogonal",
+    "WeightNorm": "torch.nn.utils.weight_norm",
+    "SpectralNorm": "torch.nn.utils.spectral_norm",
+}
 
 
 def to_view(parameter: Tensor, layout: Layout) -> Tensor:

@@ -263,7 +263,7 @@ MISTAKES = [
     (["prune=percentile", "prune.layers.fc1.bias=0.5"], ConfigError, "prune.layers.fc1.bias does nothing"),
     (["optimizer.betas=[0.9]"], ConfigError, "optimizer=adam"),
     (["prune.scope=network"], ConfigError, "a method fails on the model's parameters"),
-    (["reg.penalty._target_=sparsity.pruning.std"], ConfigError, "a method fails on the model's parameters"),
+    (["reg.penalty._target_=sparsity.pruning.std"], ConfigError, "is no function of sparsity.regularizers"),
     (["reg.apply_to=[normalization]"], ConfigError, "the model has no such parameters"),
     (["data=image_folder", "data.root=nothing"], SparsityError, "data.root=nothing is no folder"),
 ]

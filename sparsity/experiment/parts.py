@@ -26,8 +26,8 @@ from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Ingredients, derived_seed
-from sparsity.step import Penalty, can_be_recorded, convolves, is_elementwise, try_step
-from sparsity.tensors import Layout, to_view
+from sparsity.step import Penalty, can_be_recorded, convolves, is_elementwise, is_finite, try_step
+from sparsity.tensors import Layout, from_view, normalised, to_view
 from sparsity.training import Loop, train
 from sparsity.weights import fill, read_states
 
@@ -151,13 +151,46 @@ def first_population(runs: Sequence[Run], splits: Splits, device: torch.device) 
 
 
 def check_trains(parts: Ingredients, population: Population) -> None:
-    """Refuses a module that cannot be trained, before anything is."""
+    """Refuses a module that cannot be trained on the batches that training will make, before anything is."""
+    member, splits = population.member(0), parts.splits
     for loop in parts.loops.values():
-        try:
-            try_step(population.member(0), parts.splits, loop.precision)
-        except Exception as error:  # whatever a module of the user's own may raise
-            raise ConfigError(f"the model cannot be trained on this data: {reason(error)}") from error
-        return  # what one stage can train, all can
+        batch_size, num_images = loop.batch_size, len(splits.train)
+        for size in batch_sizes(num_images, batch_size):
+            trouble = _trouble(member, splits, loop, size)
+            if trouble is None:
+                continue
+            if _trouble(member, splits, loop, 2) is not None:
+                raise ConfigError(f"the model cannot be trained on this data: {trouble}")
+            images = f"a batch of {size} image{'s' * (size > 1)}"
+            if num_images == 1:
+                raise DataError(f"data: the training set is 1 image, and the model cannot train on {images}: {trouble}")
+            raise ConfigError(
+                f"schedule.batch_size={batch_size}: the model cannot train on {images}: {trouble}: take another number"
+            )
+        break  # what one stage can train, all can
+    for name, part in (("validation", splits.validation), ("test", splits.test)):
+        if part is not None and len(part) == 1:
+            check_fits(population.module, splits.example()[:1], splits.num_classes, f"data: {name} is 1 image; model")
+
+
+def batch_sizes(num_images: int, batch_size: int) -> list[int]:
+    """The sizes of the batches that `cut` makes, each once: a last batch of one image joins the one before."""
+    last = num_images % batch_size or batch_size
+    if num_images <= batch_size:
+        return [num_images]
+    last += batch_size if last == 1 else 0
+    return list(dict.fromkeys((batch_size, last) if num_images > last else (last,)))
+
+
+def _trouble(member: Population, splits: Splits, loop: Loop, num_images: int) -> str | None:
+    """What keeps a member from training on a batch of so many images, in one line."""
+    try:
+        try_step(member, splits, loop.precision, num_images)
+    except torch.OutOfMemoryError as error:
+        return f"out of memory ({reason(error)})"
+    except Exception as error:  # whatever a module of the user's own may raise
+        return reason(error)
+    return None
 
 
 def members_at_a_time(
@@ -194,7 +227,7 @@ def _obstacle(population: Population, parts: Ingredients, loop: Loop) -> str | N
         try_step(population.take([0, 1]), parts.splits, loop.precision)
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError as error:
+    except Exception as error:  # whatever a module of the user's own may raise
         return f"the network cannot be mapped over members ({reason(error)})"
     return None
 
@@ -254,6 +287,7 @@ def _seconds(population: Population, parts: Ingredients) -> float:
 
 def check_methods(run: Run, population: Population, parts: Ingredients) -> None:
     """Refuses a penalty or a rule that fails on the population, before anything trains."""
+    _check_normalised(run, population, parts)
     try:
         stages.rehearse(population, parts)
     except SparsityError:
@@ -261,6 +295,53 @@ def check_methods(run: Run, population: Population, parts: Ingredients) -> None:
     except Exception as error:  # whatever a method of the user's own may raise
         methods = f"reg={run.name.get('reg')}, prune={run.name.get('prune')}"
         raise ConfigError(f"{methods}: a method fails on the model's parameters: {reason(error)}") from error
+    if "prune" in run.stages:
+        _check_pruned(population.member(0), parts)
+
+
+def _check_normalised(run: Run, population: Population, parts: Ingredients) -> None:
+    """Refuses rules and penalties on parameters that a weight is made of anew in every pass."""
+    makers = normalised(population.module)
+    ruled = {name for names, _ in parts.rule.pools for name in names} if "prune" in run.stages else set()
+    penalised = set()
+    if run.reg.penalty is not None and "regularize" in run.stages:
+        penalised = {name for name, layout in population.layouts.items() if layout.kind in run.reg.apply_to}
+    for name, maker in makers.items():
+        layer = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+        remedy = f"leave it out by prune.exclude=[{layer}]" if name in ruled else "take reg=none"
+        if name in ruled | penalised:
+            raise ConfigError(
+                f"{name} cannot be pruned or penalised: {maker} makes the weight of it anew in every pass, by its "
+                f"parametrization, and zeros of the one are not the other's: build the model without, or {remedy}"
+            )
+
+
+def _check_pruned(member: Population, parts: Ingredients) -> None:
+    """Refuses weights that the network divides by: with a whole output pruned, it would give NaN."""
+    names = [name for pool, _ in parts.rule.pools for name in pool if member.layouts[name].kind == "weight"]
+    images = parts.splits.example().to(member.device)
+
+    def without(names: list[str]) -> Population:
+        first = {name: to_view(member.parameters[name][0], member.layouts[name]).clone() for name in names}
+        for view in first.values():
+            view[:, 0] = 0
+        pruned = {
+            name: from_view(view, member.layouts[name], tuple(member.parameters[name].shape[1:])).unsqueeze(0)
+            for name, view in first.items()
+        }
+        return replace(member, parameters={**member.parameters, **pruned})
+
+    try:
+        if is_finite(without(names), images) or not is_finite(member, images):
+            return
+    except Exception as error:  # a module that cannot be differentiated, which `check_trains` tells of
+        log.debug(f"the pruned network is not tried: {reason(error)}")
+        return
+    culprit = next((name for name in names if not is_finite(without([name]), images)), ", ".join(names))
+    raise ConfigError(
+        f"{culprit} cannot be pruned: without one of its outputs the network gives NaN, as where a weight is divided "
+        f"by its own length: leave it out by prune.exclude=[{culprit}], or build the model without"
+    )
 
 
 def _build(run: Run, splits: Splits, name: str) -> torch.nn.Module:

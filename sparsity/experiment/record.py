@@ -14,8 +14,9 @@ import torch
 from sparsity import console, results
 from sparsity.accounting import Report, account
 from sparsity.config import Run
-from sparsity.errors import DivergedError, SparsityError
+from sparsity.errors import DivergedError, SparsityError, StageError, reason
 from sparsity.evaluation import evaluate, images_at_once
+from sparsity.experiment.closing import closing_lines
 from sparsity.experiment.folder import check_writable, finished, held, writing
 from sparsity.experiment.keys import Key
 from sparsity.experiment.parts import owner_of
@@ -38,7 +39,7 @@ MEASURED = {"pretrain": "dense", "regularize": "regularized", "prune": "pruned"}
 
 
 def _whole_layer(name: str, run: Run) -> str:
-    layer = name.rpartition(".")[0]
+    layer = name.rpartition(".")[0] or name
     owner = owner_of(name, run.prune.layers)
     key = "sensitivity" if owner is None else f"prune.layers.{owner}"
     number = run.sensitivity if owner is None else run.prune.layers[owner]
@@ -106,6 +107,7 @@ class Record:
         self.parts, self.population, self.device, self.store = parts, population, device, store
         self.choose = choose
         self.at_a_time: int | None = None  # chosen where something is to be trained
+        self.failed: dict[str, SparsityError] = {}  # by the stage's key
         self.splits = parts.splits
         self.run = jobs[0].run
         self.graph = graph
@@ -142,7 +144,7 @@ class Record:
         units = self.graph.units
         if units is None or units.unknown:
             them = "the network's functions do" if units is None else f"{', '.join(units.unknown)} does"
-            self.warn_all(f"what {them} with channels is not known: what they are given is kept whole, and counted so")
+            self._warn_all(f"what {them} with channels is not known: what they are given is kept whole, and counted so")
         if self.splits.validation is None and "finetune" in self.run.stages:
             self._warn_all("data.validation=0: nothing is selected; the network will be that of the last epoch")
 
@@ -172,6 +174,9 @@ class Record:
 
     def advance(self, stage: str) -> None:
         """Takes one stage: from the store where it is there, else computed, once for the members that share it."""
+        if stage == "finetune":
+            for member in self.alive:
+                _warn_of_zeros(member)
         finished = self._found(stage, self.alive)
         missing = [member for member in self.alive if member.keys[stage].key not in finished]
         if missing:
@@ -179,7 +184,11 @@ class Record:
                 finished |= self._found(stage, missing)  # by whoever held the lock until now
                 finished |= self._computed(stage, _first_of_each(stage, missing, finished))
         for member in self.alive:
-            self._take(stage, member, finished[member.keys[stage].key])
+            key = member.keys[stage].key
+            if key in self.failed:
+                member.error = self.failed[key]
+            else:
+                self._take(stage, member, finished[key])
 
     def _found(self, stage: str, members: Iterable[Member]) -> dict[str, Kept]:
         if self.store is None:
@@ -212,13 +221,28 @@ class Record:
             some, members = members[:size], members[size:]
             try:
                 computed |= self._computed_together(stage, some)
-            except torch.OutOfMemoryError:
+            except torch.OutOfMemoryError as error:
                 if len(some) == 1:
-                    raise
+                    self._fail(stage, some[0], error, "out of memory: lower schedule.batch_size, or free some")
+                    continue
                 self.at_a_time = (len(some) + 1) // 2
                 log.info(f"{len(some)} members do not fit into memory: they are trained {self.at_a_time} at a time")
                 members = [*some, *members]
+            except Exception as error:  # whatever code of the user's own may raise
+                if isinstance(error, AssertionError):
+                    raise  # a mistake of ours
+                if len(some) == 1:
+                    self._fail(stage, some[0], error, reason(error))
+                    continue
+                log.info(f"{len(some)} members together fail ({reason(error)}): they are trained one by one")
+                self.at_a_time, members = 1, [*some, *members]
         return computed
+
+    def _fail(self, stage: str, member: Member, error: Exception, why: str) -> None:
+        """Notes why a stage of a member, and of those that share it, has failed; others are not stopped."""
+        failure = error if isinstance(error, SparsityError) else StageError(f"{stage}: {type(error).__name__}: {why}")
+        failure.__cause__ = failure.__cause__ or (None if failure is error else error)
+        self.failed[member.keys[stage].key] = failure
 
     def _computed_together(self, stage: str, members: list[Member]) -> dict[str, Kept]:
         start = time.perf_counter()
@@ -252,7 +276,7 @@ class Record:
         member.measured["final"] = member.measured[MEASURED.get(stage, stage)] = note["accuracy"]
         if stage == "prune":
             member.seen = {name: note[name] for name in ("stds", "thresholds")}
-            _warn_of_whole_layers(member)
+            _warn_of_whole_layers(member, before)
             self._say_what_is_left(member, note["accuracy"])
         else:
             member.histories[stage] = [epoch_of(row) for row in note["history"]]
@@ -307,6 +331,8 @@ class Record:
     def _finish(self, member: Member) -> dict[str, Any]:
         job, report = member.job, self._report(member)
         description = self._description(job.run, ["given", *self.run.stages][-1])
+        closing = closing_lines(job.run, member.measured, report.compression["weights"], self.splits.test.labels)
+        member.warnings += closing
         with writing(job.folder):
             about = write_state(job.folder / NETWORK, member.population.state(0), description)
             member.files[NETWORK] = about
@@ -319,6 +345,8 @@ class Record:
         if not job.in_sweep:
             self._show(report)
         say_parts(results.summary(result, job.folder))
+        for line in [] if job.in_sweep else closing:
+            log.warning(f"warning: {line}", extra={"member": job.number})
         return {**result, "folder": str(job.folder)}
 
     def _show(self, report: Report) -> None:
@@ -364,11 +392,32 @@ def _named(key: Key) -> tuple[str, dict[str, Any]]:
     return key.key, key.ingredients
 
 
-def _warn_of_whole_layers(member: Member) -> None:
-    population = member.population
-    for name in population.masks:
-        if population.layouts[name].kind == "weight" and not population.parameters[name].any():
+def _warn_of_whole_layers(member: Member, before: Population) -> None:
+    """Names the weights of which the rule took the last entry that was not zero."""
+    after = member.population
+    for name in after.masks:
+        if after.layouts[name].kind == "weight" and before.parameters[name].any() and not after.parameters[name].any():
             member.warn(_whole_layer(name, member.job.run))
+
+
+def _warn_of_zeros(member: Member) -> None:
+    """Names what is all zero, be it never pruned, before finetuning holds it."""
+    population = member.population
+    known = " ".join(line for line in member.warnings if " pruned all of " in line)
+    names = [
+        name
+        for name, parameter in population.trainable.items()
+        if population.layouts[name].kind in ("weight", "bias")
+        and not parameter.any()
+        and f" pruned all of {name}," not in known
+        and (population.layouts[name].kind == "weight" or name not in population.masks or population.masks[name].any())
+    ]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        member.warn(
+            f"all zero before finetuning, which holds zeros: {', '.join(names[:3])}{more} cannot learn: train first, "
+            f"as by stages=[pretrain,prune,finetune]"
+        )
 
 
 def _divergence(stage: str, epoch: int, member: Member) -> DivergedError:
