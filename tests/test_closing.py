@@ -41,6 +41,16 @@ class Flat(nn.Module):
         return self.out(self.norm(self.hidden(images.flatten(1))).relu())
 
 
+class Squeezing(nn.Linear):
+    """Gives one image's outputs without the axis of the batch."""
+
+    def __init__(self, num_classes):
+        super().__init__(784, num_classes)
+
+    def forward(self, images):
+        return super().forward(images.flatten(1)).squeeze()
+
+
 class Normed(nn.Module):
     """A weight that torch makes anew in every pass."""
 
@@ -142,6 +152,11 @@ def test_normalised_weights_may_be_left_out_or_only_trained(run):
     assert result["total"]["weights"] == 784 * 8 + 80
 
 
+def test_a_set_of_one_image_is_tried_as_such(run):
+    with pytest.raises(SparsityError, match=r"Squeezing on one image, as the validation set is, does not fit the data"):
+        run(*own("Squeezing", "data.validation=1"))
+
+
 def test_every_normalisation_of_torch_is_known():
     with pytest.warns(FutureWarning):
         old = nn.utils.weight_norm(nn.Linear(3, 2))
@@ -184,7 +199,10 @@ class Noisy(torch.optim.SGD):
                     parameter.add_(1e-3 * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("optimizer", [Noisy, partial(torch.optim.Adafactor, weight_decay=0.1)])
+OWN = [Noisy, partial(Noisy, fused=True, momentum=0.9), partial(torch.optim.Adafactor, weight_decay=0.1)]
+
+
+@pytest.mark.parametrize("optimizer", OWN, ids=["eager", "recorded", "adafactor"])
 @pytest.mark.parametrize("num_members", [1, 2])
 def test_masked_entries_stay_under_an_optimizer_of_ones_own(optimizer, num_members):
     population = linear(num_members)
@@ -192,7 +210,8 @@ def test_masked_entries_stay_under_an_optimizer_of_ones_own(optimizer, num_membe
     parameters = {**population.parameters, "1.weight": population.parameters["1.weight"] * mask}
     pruned = stack([population.module])
     pruned = type(pruned)(population.module, population.layouts, parameters, {}, {"1.weight": mask})
-    loop = Loop(2, 16, partial(learning_rate, lr=1e-2, shape="constant", warmup=0.0), partial(optimizer, lr=1e-2))
+    rate = partial(learning_rate, lr=1e-2, shape="constant", warmup=0.0)
+    loop = Loop(2, 16, rate, partial(optimizer, lr=1e-2), way="recorded")  # where it is fused
     weight = train(pruned, splits(), loop, generators(*range(num_members))).last.parameters["1.weight"]
     assert not weight[~mask].any() and (weight[mask] != parameters["1.weight"][mask]).all()
     assert not is_elementwise(optimizer([torch.zeros(2, 2, requires_grad=True)], lr=1e-2))
@@ -274,7 +293,10 @@ def test_a_good_run_ends_without_a_word():
 @pytest.mark.parametrize(
     ("more", "key"),
     [
-        ({"dense": 0.1, "regularized": 0.1, "pruned": 0.1}, "since pretrain; lower schedule.pretrain.lr=0.1, or train"),
+        (
+            {"dense": 0.1, "regularized": 0.1, "pruned": 0.1},
+            "lower schedule.pretrain.lr=0.1, or raise schedule.pretrain.epochs=5",
+        ),
         ({"regularized": 0.1, "pruned": 0.1}, "since regularize; lower reg.decay=0.5 or schedule.regularize.lr=0.1"),
         ({"regularized": 0.1, "pruned": 0.1, "reg": False}, "since regularize; lower schedule.regularize.lr=0.1"),
         ({"pruned": 0.1}, "lower sensitivity=0.3 or reg.decay=0.5"),

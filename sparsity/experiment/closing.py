@@ -55,7 +55,7 @@ def _at_chance(run: Run, measured: Measured, bound: float, final: float, chance:
     keys = f"schedule.{stage}.lr={numbers.lr:g}"
     if stage == "regularize" and run.reg.penalty is not None:
         keys = f"reg.decay={run.reg.decay:g} or {keys}"
-    longer = f", or train longer by schedule.{stage}.epochs={numbers.epochs}" if stage == trains[0] else ""
+    longer = f", or raise schedule.{stage}.epochs={numbers.epochs}" if stage == trains[0] else ""
     return f"{start}since {stage}; lower {keys}{longer}"
 
 

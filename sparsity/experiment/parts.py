@@ -170,7 +170,8 @@ def check_trains(parts: Ingredients, population: Population) -> None:
         break  # what one stage can train, all can
     for name, part in (("validation", splits.validation), ("test", splits.test)):
         if part is not None and len(part) == 1:
-            check_fits(population.module, splits.example()[:1], splits.num_classes, f"data: {name} is 1 image; model")
+            shown = f"{type(population.module).__name__} on one image, as the {name} set is,"
+            check_fits(population.module, splits.example()[:1], splits.num_classes, shown)
 
 
 def batch_sizes(num_images: int, batch_size: int) -> list[int]:
