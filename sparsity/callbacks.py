@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
@@ -73,6 +74,8 @@ class Sweep(Callback):
     def on_multirun_start(self, config: DictConfig, **rest: Any) -> None:
         """Names the sweep's folder and writes down what is swept; refuses what no member could run with."""
         schema.check_sweep(config)
+        if config.hydra.runtime.choices["hydra/sweeper"] == "basic" and GlobalHydra.instance().is_initialized():
+            schema.check_grid(config, GlobalHydra.instance().config_loader())
         _name_folder(config)
         folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
         if config.store is not None and "store" not in schema.swept_keys(config.hydra.overrides.task):

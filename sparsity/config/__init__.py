@@ -1,6 +1,7 @@
 """The schema of a run: a composed config in, checked dataclasses out; every mistake names key, value and remedy."""
 
 from sparsity.config.composing import compose, folder_of_run, hydra_of, register
+from sparsity.config.grids import check_grid, folder_of_member
 from sparsity.config.mistakes import mistake, said, watch_warnings
 from sparsity.config.options import check_options
 from sparsity.config.paths import at_home, settle, shell_home
@@ -45,10 +46,12 @@ __all__ = [
     "admitted",
     "at_home",
     "check",
+    "check_grid",
     "check_options",
     "check_sweep",
     "compose",
     "count_members",
+    "folder_of_member",
     "folder_of_run",
     "hydra_of",
     "idle_settings",

@@ -1,5 +1,6 @@
 """Plain values as annotated types; every mistake names key, value and remedy."""
 
+import inspect
 import math
 import types
 import typing
@@ -127,8 +128,19 @@ class _Reader:
         for name in taken.required:
             if name not in numbers:
                 raise ConfigError(f"{join(key, name)} is missing: {target} needs it")
+        _check_lengths(key, function, numbers)
         kinds = typing.get_type_hints(function, include_extras=True) if target.startswith("sparsity.") else {}
         return {name: self.read(join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
+
+
+def _check_lengths(key: str, function: Callable[..., Any], numbers: dict[str, Any]) -> None:
+    """Refuses a list of another length than what a function takes by itself, such as three betas."""
+    parameters = inspect.signature(function).parameters
+    for name, value in numbers.items():
+        usual = parameters[name].default if name in parameters else None
+        is_numbers = isinstance(usual, tuple) and usual and all(isinstance(each, int | float) for each in usual)
+        if is_numbers and (not isinstance(value, list) or len(value) != len(usual)):
+            raise ConfigError(f"{join(key, name)} must be a list of {len(usual)} numbers, got {value!r}")
 
 
 HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys of Hydra's, which mean nothing here

@@ -177,6 +177,8 @@ class Search(OptunaSweeperImpl):
             except HydraException as error:
                 raise ConfigError(schema.said(error)) from error
             choices = composed.hydra.runtime.choices
+            if not self._is_numbered():
+                schema.folder_of_member(composed.hydra, 0)
             with open_dict(composed):
                 del composed["hydra"]
             try:
