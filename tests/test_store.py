@@ -297,34 +297,6 @@ def test_a_finished_stage_leaves_no_lock(tmp_path):
 # --- keys ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_code_of_a_method_is_part_of_its_key(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    helper = "def scale(x):\n    return x * 2\n\n\n"
-    source = helper + 'def penalty(weight):\n    """Says one thing."""\n    return scale(weight)\n'
-    variants = {
-        "one": source,
-        "words": source.replace("one thing", "another").replace("return x * 2", "return x * 2  # twice"),
-        "called": source.replace("x * 2", "x * 3"),
-        "own": source.replace("scale(weight)", "scale(weight) + 1"),
-        "unused": source + "\n\ndef other(x):\n    return x\n",
-    }
-    codes = {}
-    for name, text in variants.items():
-        (tmp_path / f"methods_{name}.py").write_text(text)
-        code = store.code_of(__import__(f"methods_{name}").penalty)
-        codes[name] = sorted(code.values())
-        assert len(code) == 2
-    assert codes["one"] == codes["words"] == codes["unused"]
-    assert codes["one"] != codes["called"] and codes["one"] != codes["own"] and codes["called"] != codes["own"]
-    assert store.code_of(torch.optim.Adam) == {}
-
-
-def test_a_factory_brings_the_code_of_its_network():
-    from sparsity import models
-
-    assert "sparsity.models.LeNet5" in store.code_of(models.lenet5)
-
-
 CHANGES = {
     "model.factory.hidden=[9]": "pretrain",
     "seed=1": "pretrain",
@@ -395,7 +367,7 @@ def test_keys_follow_the_code_of_every_method(part, first, monkeypatch):
 
     run, code_of = config.read(config.compose(SMALL)[0]), store.code_of
     before = stage_keys(run, "images", "cpu", "float32")
-    monkeypatch.setattr(store, "code_of", lambda f: {"edited": ""} if f.__name__ == part else code_of(f))
+    monkeypatch.setattr(store, "code_of", lambda t, f: {"edited": ""} if f.__name__ == part else code_of(t, f))
     after = stage_keys(run, "images", "cpu", "float32")
     same = [stage for stage in run.stages if before[stage].key == after[stage].key]
     assert same == list(run.stages)[: list(run.stages).index(first)]

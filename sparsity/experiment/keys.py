@@ -8,6 +8,13 @@ from sparsity import store
 from sparsity.config import Call, Run
 from sparsity.files import file_digest
 
+# The code of a stage is every file of this package but those that change no number. What is left counts in a member's
+# first stage, and so in all later ones; the code of one stage alone counts there.
+NO_NUMBERS = ("__init__", "accounting", "callbacks", "config", "console", "errors", "files", "front", "kinds")
+NO_NUMBERS += ("launcher", "memory", "processes", "results", "store", "streams", "sweeper", "tables")
+NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
+OF_ONE_STAGE = {"regularizers": "regularize", "pruning": "prune", "compaction": "finetune"}
+
 
 class Key(NamedTuple):
     """The key of one stage, and what it is the hash of."""
@@ -23,13 +30,20 @@ def stage_keys(run: Run, data: str, device: str, precision: str) -> dict[str, Ke
     """
     place = {"format": store.FORMAT, "data": data, "device": device, "precision": precision, "seed": run.seed}
     before: Any = {"model": _call(run.model.factory), "weights": run.model.weights and _weights(run.model.weights)}
+    before["code"] = store.our_code((*NO_NUMBERS, *OF_ONE_STAGE, *(() if run.model.weights else ("weights",))))
     before |= {} if run.model.head is None else {"head": run.model.head}
     keys: dict[str, Key] = {}
     for stage in run.stages:
-        ingredients = {"stage": stage, "before": before, **place, **_own(stage, run)}
+        ingredients = {"stage": stage, "before": before, **place, **_own(stage, run), "code": _code(stage)}
         keys[stage] = Key(store.key_of(ingredients), ingredients)
         before = keys[stage].key
     return keys
+
+
+def _code(stage: str) -> dict[str, str]:
+    """Our code that this stage alone runs."""
+    others = [room for room in store.our_code() if OF_ONE_STAGE.get(room.partition(".")[0]) != stage]
+    return store.our_code(others)
 
 
 def _weights(path: str) -> str | None:
@@ -51,4 +65,4 @@ def _own(stage: str, run: Run) -> dict[str, Any]:
 
 
 def _call(call: Call) -> dict[str, Any]:
-    return {"target": call.target, "numbers": call.numbers, "code": store.code_of(call.function)}
+    return {"target": call.target, "numbers": call.numbers, "code": store.code_of(call.target, call.function)}

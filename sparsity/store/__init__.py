@@ -4,15 +4,11 @@ A stage is computed once, whoever asks: while one process computes it, others wa
 system takes from a process that dies.
 """
 
-import ast
 import contextlib
 import hashlib
-import inspect
 import json
 import logging
 import os
-import textwrap
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +21,10 @@ from torch import Tensor
 
 from sparsity import files
 from sparsity.errors import ConfigError, reason
+from sparsity.store.code import code_of, our_code
 from sparsity.tensors import Tensors
+
+__all__ = ["Damaged", "Kept", "Store", "code_of", "digest", "key_of", "our_code", "read_description"]
 
 log = logging.getLogger("sparsity")
 
@@ -63,61 +62,6 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         hashed.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         hashed.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
     return hashed.hexdigest()
-
-
-def code_of(function: Any) -> dict[str, str]:
-    """The hash of a function's or class's source, and of all that it names in its own package; {} of torch's own.
-
-    Comments, docstrings and blank lines do not count, so that only a change of what is computed changes the hash.
-    """
-    found: dict[str, str] = {}
-    package = _package(function)
-    waiting = [] if package in ("torch", "torchvision", "builtins") else [function]
-    while waiting:
-        each = waiting.pop()
-        name = f"{each.__module__}.{each.__qualname__}"
-        source = None if name in found else _bare_source(each)
-        if source is not None:
-            found[name] = hashlib.sha256(source.encode()).hexdigest()[:KEY_LENGTH]
-            waiting += [other for other in _named_in(each) if _package(other) == package]
-    return found
-
-
-def _package(thing: Any) -> str:
-    return str(getattr(thing, "__module__", "")).partition(".")[0]
-
-
-def _bare_source(thing: Any) -> str | None:
-    """The source of a function or class without comments and docstrings; None where there is none to read."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def _named_in(thing: Any) -> list[Any]:
-    """The functions and classes that the code of a function, or of a class's methods and bases, names."""
-    if inspect.isclass(thing):
-        methods = [getattr(entry, "__func__", entry) for entry in vars(thing).values()]
-        inner = [named for method in methods if inspect.isfunction(method) for named in _named_in(method)]
-        return [*thing.__bases__, *inner]
-    if not inspect.isfunction(thing):
-        return []
-    names = {name for code in _codes(thing.__code__) for name in code.co_names}
-    named = [thing.__globals__[name] for name in sorted(names) if name in thing.__globals__]
-    return [each for each in named if inspect.isfunction(each) or inspect.isclass(each)]
-
-
-def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    """A code object and those of the functions inside it."""
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _codes(constant)
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
