@@ -17,9 +17,9 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from sparsity import config
+from sparsity import config, results
 from sparsity.errors import ConfigError
-from sparsity.results import page, pareto, table
+from sparsity.results import members, page, pareto, table
 from sparsity.results.__main__ import main
 from sparsity.results.members import read_sweep
 from sparsity.results.points import dominated_volume, front_of, points_of, smallest
@@ -683,3 +683,19 @@ def test_a_line_names_the_sweeper_whose_keys_an_experiment_sets(tmp_path):
     (point,) = read([tmp_path]).points
     one = "python main.py hydra/sweeper=search experiment=mine seed="
     assert point.command == f"{one}3 && {one}5"
+
+
+@pytest.mark.parametrize("ends", ["failed", "unfinished"])
+def test_members_without_hydras_folder_keep_their_swept_values(ends, tmp_path):
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        results.begin(folder, ["search=random", "data=digits", f"sensitivity=0.{number + 3}"])
+        if ends == "failed":
+            results.write_failure(folder, ValueError("no"))
+    found = members.read_sweep(tmp_path).members
+    assert [member.status for member in found] == [ends] * 2
+    assert [member.overrides for member in found] == [("data=digits", f"sensitivity=0.{n}") for n in (3, 4)]
+    assert members.swept_keys([members.read_sweep(tmp_path)]) == ["sensitivity"]
+    results.begin(folder, ["sensitivity=1"])
+    assert members.read_sweep(tmp_path).members[1].status == "unfinished"

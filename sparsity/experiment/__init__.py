@@ -60,7 +60,7 @@ def run_job(composed: DictConfig, trust: Sequence[str] = ()) -> tuple[float, ...
     """Runs one job of Hydra's and returns its objectives, for a sweeper; trust: from `config.admitted`."""
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    with _failure_in(folder) if hydra.mode is RunMode.MULTIRUN else contextlib.nullcontext():
+    with _failure_in(folder, hydra.overrides.task) if hydra.mode is RunMode.MULTIRUN else contextlib.nullcontext():
         result = _run_one(composed, hydra, folder, trust)
     return results.objectives(result, composed.objectives)
 
@@ -117,7 +117,7 @@ def _prepared(composed: DictConfig, trust: Sequence[str]) -> Job | Exception:
     try:
         folder = _folder_of(composed)
         folder.mkdir(parents=True, exist_ok=True)
-        results.clear_failure(folder)
+        results.begin(folder, composed.hydra.overrides.task)
         own = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
         return _job(own, composed.hydra, folder, trust)
     except (SparsityError, OSError) as error:
@@ -165,9 +165,9 @@ def _run_group(jobs: Sequence[Job], stacked: bool | None, limit: int | None) -> 
 
 
 @contextlib.contextmanager
-def _failure_in(folder: Path) -> Iterator[None]:
+def _failure_in(folder: Path, overrides: Sequence[str]) -> Iterator[None]:
     """Leaves `failure.json` in the folder of a member that fails, for the summary of its sweep."""
-    results.clear_failure(folder)
+    results.begin(folder, overrides)
     try:
         yield
     except Exception as error:

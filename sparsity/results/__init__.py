@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # what reads finished sweeps imports this room, and needs no 
     from sparsity.training import Epoch
 
 FAILURE = "failure.json"
+BEGUN = ".begun.json"  # what a member was begun with, for one that fails or is cut off
 PACKAGES = ("torch", "torchvision", "hydra-core", "optuna", "numpy")
 LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "threshold", "live_inputs")
 LAYER_FIELDS += ("live_outputs", "macs", "macs_removable")
@@ -141,10 +142,11 @@ def write_failure(folder: Path, error: Exception) -> None:
         write_text(folder / FAILURE, json.dumps(text, indent=1) + "\n")
 
 
-def clear_failure(folder: Path) -> None:
-    """Takes away the failure of an earlier try."""
+def begin(folder: Path, overrides: Iterable[str]) -> None:
+    """Takes away the failure of an earlier try, and notes what a member of a sweep is, however it will end."""
     with contextlib.suppress(OSError):
         (folder / FAILURE).unlink(missing_ok=True)
+        write_text(folder / BEGUN, json.dumps({"overrides": list(overrides)}) + "\n")
 
 
 def write_history(folder: Path, histories: Histories, member: int) -> None:

@@ -15,7 +15,7 @@ import yaml
 from sparsity.errors import ConfigError
 from sparsity.files import Unreadable, read_json
 from sparsity.front import OBJECTIVES
-from sparsity.results import FAILURE
+from sparsity.results import BEGUN, FAILURE
 from sparsity.results.sealed import FORMAT, RESULT, read_result
 
 log = logging.getLogger("sparsity")
@@ -136,7 +136,7 @@ def _member_folders(root: Path) -> Iterable[Path]:
         log.warning(f"warning: {error.filename} cannot be read: {error.strerror}; it is left out")
 
     for folder, subfolders, files in os.walk(root, onerror=tell):
-        if {RESULT, FAILURE} & {*files, *subfolders} or HYDRA in subfolders:
+        if {RESULT, FAILURE, BEGUN} & {*files, *subfolders} or HYDRA in subfolders:
             yield Path(folder)
             subfolders.clear()
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -152,7 +152,7 @@ def _member(sweep: Path, folder: Path) -> Member:
     if result is None and error is None and (folder / FAILURE).exists():
         error = _failure(folder)
     given = (result or {}).get("overrides")
-    return Member(sweep, folder, tuple(_hydra_overrides(folder) if given is None else given), result, error)
+    return Member(sweep, folder, tuple(_noted_overrides(folder) if given is None else given), result, error)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -200,12 +200,15 @@ def _failure(folder: Path) -> str:
     return text
 
 
-def _hydra_overrides(folder: Path) -> list[str]:
-    """The overrides as Hydra noted them when the job began."""
+def _noted_overrides(folder: Path) -> list[str]:
+    """The overrides as they were noted when the job began: by itself, or by Hydra, whose folder may be switched off."""
     try:
-        entries = yaml.safe_load((folder / HYDRA / "overrides.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
+        entries = read_json(folder / BEGUN).get("overrides")
+    except Unreadable:
+        try:
+            entries = yaml.safe_load((folder / HYDRA / "overrides.yaml").read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return []
     given = [str(entry) for entry in entries] if isinstance(entries, list) else []
     return [entry for entry in given if not entry.startswith("search=")]  # it made the sweep, and is none of the run's
 
