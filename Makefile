@@ -1,15 +1,18 @@
-# make run [ARGS="model=lenet5 reg=group_hs"], make test, make bench: each installs what it needs into .venv first.
+# make run [ARGS="model=lenet5 reg=group_hs"], make test, make fuzz, make bench: each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 
-.PHONY: run test bench clean
+.PHONY: run test fuzz bench clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/python main.py $(if $(filter data=%,$(ARGS)),,data=digits) $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "slow or not slow"
+
+fuzz: $(VENV)/.installed-test
+	SPARSITY_FUZZ=10000 $(VENV)/bin/python -m pytest -m slow tests/test_fuzz.py
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks

@@ -85,6 +85,11 @@ MISTAKES = [
     (["data.validation=1.5"], "data.validation must be a share below 1 or a whole number of images, got 1.5"),
     (["objectives=[speed]"], r"objectives\[0\] must be one of accuracy, compression, macs, nonzero"),
     (["+optimizer.foo=1"], "optimizer.foo is no setting"),
+    (["reg.penalty=null"], "reg.penalty=null leaves reg.decay=0.0001 of reg=hs without use: take reg=none"),
+    (["reg.apply_to=[]"], r"reg.apply_to=\[\] leaves the penalty of reg=hs nothing"),
+    (["prune.apply_to=[]"], r"prune.apply_to=\[\] leaves nothing to prune"),
+    (["prune.apply_to=[bias,bias]"], r"prune.apply_to must name each kind once, got \[bias,bias\]"),
+    (["reg.search.decay=wide"], "reg.search.decay must be a range to search, such as interval"),
 ]
 
 
@@ -122,21 +127,64 @@ def test_settings_that_do_nothing_are_named():
     assert not config.idle_settings(read("sensitivity=0.1"), ["sensitivity=0.1"])
 
 
-@pytest.mark.parametrize(
-    "yaml",
-    [
-        "hydra: {job: {env_set: {SPARSITY_TRUST: collections}}}",
-        *slow('hydra: {overrides: {task: ["trust=[collections]"]}}\ntrust: [collections]'),
-    ],
-)
-def test_no_yaml_admits_code(tmp_path, yaml):
+HOSTILE = {  # YAMLs that would run code, and what is typed beside them
+    "environment": ("hydra: {job: {env_set: {SPARSITY_TRUST: collections}}}", []),
+    "overrides": ('hydra: {overrides: {task: ["trust=[collections]"]}}\ntrust: [collections]', []),
+    "callback": ("hydra: {callbacks: {x: {_target_: os.system, command: touch made}}}", []),
+    "callback of ours": ("hydra: {callbacks: {x: {_target_: sparsity.store.Store, folder: made}}}", []),
+    "launcher": ("hydra: {launcher: {_target_: os.system, command: touch made}}", ["-m"]),
+    "sweeper": ("hydra: {sweeper: {_target_: sparsity.store.Store}}", ["-m"]),
+    "sampler": ("hydra: {sweeper: {sampler: {_target_: sparsity.store.Store}}}", ["-m", "search=pareto"]),
+    "space": ("hydra: {sweeper: {custom_search_space: os.system}}", ["-m", "search=pareto"]),
+    "handler": ("hydra: {job_logging: {handlers: {console: {'()': os.system, command: touch made}}}}", []),
+    "own handler": ("hydra: {hydra_logging: {handlers: {console: {class: sparsity.store.Store, folder: made}}}}", []),
+    "tag": ("seed: !!python/object/apply:os.system [touch made]", []),
+    "factory": ("model: {factory: {_target_: collections.OrderedDict}}", []),
+    "loader": ("data: {loader: {_target_: sparsity.store.Store, folder: made}}", []),
+}
+
+
+@pytest.mark.parametrize("name", [*slow(*(name for name in HOSTILE if name != "callback of ours")), "callback of ours"])
+def test_no_yaml_runs_code(name, tmp_path):
+    yaml, typed = HOSTILE[name]
     (tmp_path / "experiment").mkdir()
-    target = "model: {factory: {_target_: collections.OrderedDict}}"
-    (tmp_path / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{yaml}\n{target}\n")
-    arguments = ["main.py", "--config-dir", str(tmp_path), "experiment=evil", f"hydra.run.dir={tmp_path / 'run'}"]
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "code from outside" in done.stderr or "stands in a YAML" in done.stderr
+    (tmp_path / "experiment" / "evil.yaml").write_text(f"# @package _global_\n{yaml}\n")
+    storage = f"hydra.sweeper.storage=sqlite:///{tmp_path}/studies.db"
+    arguments = [
+        "--config-dir",
+        str(tmp_path),
+        "data=digits",
+        "experiment=evil",
+        *typed,
+        f"hydra.run.dir={tmp_path}/run",
+    ]
+    arguments += [f"hydra.sweep.dir={tmp_path}/sweep"] + [storage] * ("search=pareto" in typed)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "main.py"), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
+    assert done.returncode == 2 and len(lines) == 1, done.stderr
+    assert not (tmp_path / "made").exists()
+
+
+def test_settings_of_hydras_that_do_nothing_are_named():
+    def idle(mode, *overrides):
+        _, hydra = config.compose([f"hydra.mode={mode}", *overrides])
+        return config.idle_hydra(hydra)
+
+    assert idle("RUN", "hydra/launcher=population") == ["hydra.launcher does nothing without -m"]
+    assert idle("RUN", "hydra.sweep.dir=x", "hydra.run.dir=y") == ["hydra.sweep.dir does nothing without -m"]
+    assert idle("MULTIRUN", "hydra.sweep.dir=x", "hydra.run.dir=y")[0].startswith(
+        "hydra.run.dir does nothing in a sweep"
+    )
+
+
+def test_no_yaml_sets_variables(monkeypatch):
+    typed = ["+hydra.job.env_set.CXX=/tmp/mine"]
+    _, hydra = config.compose(typed)
+    config.check_variables(hydra, config.admitted(typed))
+    with pytest.raises(ConfigError, match=r"hydra.job.env_set.CXX stands in a YAML: set it on the command line"):
+        config.check_variables(hydra, config.admitted([]))
 
 
 def test_directions_follow_from_objectives():

@@ -5,7 +5,7 @@ from sparsity.config.grids import check_grid, folder_of_member
 from sparsity.config.mistakes import mistake, said, watch_warnings
 from sparsity.config.options import check_options
 from sparsity.config.paths import at_home, settle, shell_home
-from sparsity.config.reading import idle_settings, read, sensitivity_range
+from sparsity.config.reading import idle_hydra, idle_settings, read, sensitivity_range
 from sparsity.config.schema import (
     STAGES,
     Call,
@@ -24,7 +24,7 @@ from sparsity.config.schema import (
     StageSchedule,
 )
 from sparsity.config.sweeps import check_sweep, count_members, is_numbered, search_ranges, sweep_name, swept_keys
-from sparsity.config.trust import admitted, may_call
+from sparsity.config.trust import admitted, check_variables, may_call
 from sparsity.config.typed import check
 
 __all__ = [
@@ -49,11 +49,13 @@ __all__ = [
     "check_grid",
     "check_options",
     "check_sweep",
+    "check_variables",
     "compose",
     "count_members",
     "folder_of_member",
     "folder_of_run",
     "hydra_of",
+    "idle_hydra",
     "idle_settings",
     "is_numbered",
     "may_call",

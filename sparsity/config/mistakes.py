@@ -111,7 +111,7 @@ def watch_warnings() -> None:
     """Makes errors of the warnings in which Hydra says that a setting does nothing; leaves out its plans."""
     for message in (r"provider=.* is not available", r"\s*Running Hydra app with --multirun"):
         warnings.filterwarnings("error", message, UserWarning)
-    warnings.filterwarnings("ignore", r"extend_list\(", UserWarning)
+    warnings.filterwarnings("ignore", r".* is deprecated and will be removed in Hydra", UserWarning)
 
 
 # --- what exists -----------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def _instead(key: str, value: str, known: _Known) -> str | None:
         group = key.partition(".")[0]
         now = next((text for text in known.typed if text.startswith(f"{group}=")), f"the default of {group}")
         return f"{now} has none; {', '.join(f'{group}={other}' for other in others[:3])} has"
-    beside = known.names_in(parent)
+    beside = [name for name in known.names_in(parent) if name != leaf]
     if close := nearest(leaf, beside if parent else [*beside, *known.groups]):
         return f"did you mean {parent}.{close}?" if parent else f"did you mean {close}?"
     return _elsewhere(dotted, known) or (f"{parent} has {', '.join(beside)}" if parent and beside else None)

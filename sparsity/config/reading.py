@@ -1,10 +1,13 @@
 """A composed config as the checked settings of a run, and what no single key can get wrong."""
 
 import inspect
+import re
 import types
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -71,11 +74,45 @@ def _check_together(run: Run) -> None:
         raise ConfigError(
             f"data.validation must be a share below 1 or a whole number of images, got {run.data.validation}"
         )
+    _check_applies(run)
     interval = sensitivity_range(run.prune.rule)
     for key, value in {"sensitivity": run.sensitivity, **_layer_keys(run.prune.layers)}.items():
         if value not in interval:
             raise ConfigError(f"{key} must be a number {interval}, got {value:g}: prune={run.name.get('prune')}")
     check_objectives(run.objectives)
+
+
+def _check_applies(run: Run) -> None:
+    """Refuses methods that are given nothing to work on."""
+    for key, kinds in (("reg.apply_to", run.reg.apply_to), ("prune.apply_to", run.prune.apply_to)):
+        if len(kinds) != len(set(kinds)):
+            raise ConfigError(f"{key} must name each kind once, got {_shown(kinds)}")
+    choice = f"reg={run.name.get('reg')}"
+    if run.reg.penalty is None and run.reg.decay and run.reg.apply_to:
+        raise ConfigError(f"reg.penalty=null leaves reg.decay={run.reg.decay:g} of {choice} without use: take reg=none")
+    if run.reg.penalty is not None and not run.reg.apply_to and "regularize" in run.stages:
+        raise ConfigError(f"reg.apply_to=[] leaves the penalty of {choice} nothing: take reg=none, or name kinds")
+    if not run.prune.apply_to and "prune" in run.stages:
+        raise ConfigError(
+            "prune.apply_to=[] leaves nothing to prune: name kinds, such as [weight], or leave out the stage"
+        )
+    for key, text in _search_keys(run):
+        if not _is_range(text):
+            raise ConfigError(f"{key} must be a range to search, such as interval(0.1,1), or a number; got {text!r}")
+
+
+def _search_keys(run: Run) -> list[tuple[str, str]]:
+    """The keys of the ranges that a search draws from, with their texts."""
+    groups = {"reg": run.reg.search, "prune": run.prune.search}
+    return [(f"{group}.search.{name}", text) for group, own in groups.items() for name, text in own.items()]
+
+
+def _is_range(text: str) -> bool:
+    try:
+        override = OverridesParser.create().parse_override(f"key={text}")
+        return override.is_sweep_override() or isinstance(override.value(), int | float)
+    except Exception:  # whatever the grammar raises
+        return False
 
 
 def _layer_keys(layers: dict[str, float]) -> dict[str, float]:
@@ -122,3 +159,16 @@ def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
         elif key == "data.validation_seed" and not run.data.validation:
             lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")
     return lines
+
+
+def idle_hydra(own: DictConfig) -> list[str]:
+    """A line for each of Hydra's settings of the command line that this kind of start makes no use of."""
+    is_sweep = own.mode is RunMode.MULTIRUN
+    keys = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in own.overrides.hydra]
+    of_sweeps = [key for key in keys if re.match(r"hydra\.(sweep|sweeper|launcher)\b", key)]
+    if is_sweep:
+        return [f"{key} does nothing in a sweep: hydra.sweep.dir names its folder" for key in keys if key == RUN_DIR]
+    return [f"{key} does nothing without -m" for key in of_sweeps]
+
+
+RUN_DIR = "hydra.run.dir"

@@ -12,8 +12,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
 from sparsity.config.reading import check_objectives
-from sparsity.config.schema import Objectives
-from sparsity.config.typed import check, flatten
+from sparsity.config.schema import Objectives, Run
+from sparsity.config.typed import check, check_names, flatten
 from sparsity.errors import ConfigError
 
 NEUTRAL = ("plots", "step", "store", "threads", "trust")  # keys that change no number, and so no sweep
@@ -79,8 +79,13 @@ def check_sweep(composed: DictConfig) -> None:
     for part in ("sweeper", "launcher"):
         if own[part] is None:
             raise ConfigError(f"hydra.{part}=null leaves nothing that runs a sweep: choose one by hydra/{part}=basic")
-    check_objectives(check("objectives", _plain(composed)["objectives"], Objectives))
-    if own.runtime.choices["hydra/sweeper"] == "basic":
+    plain = {key: value for key, value in _plain(composed).items() if key != "hydra"}
+    check_names("", {**plain, "name": {}}, Run)
+    check_objectives(check("objectives", plain["objectives"], Objectives))
+    check("store", plain["store"], str | None)
+    for group in ("reg", "prune"):
+        check(f"{group}.search", plain[group].get("search", {}), dict[str, str])
+    if own.runtime.choices.get("hydra/sweeper") == "basic":
         for override in _parsed(own.overrides.task):
             if override.is_sweep_override() and not override.is_discrete_sweep():
                 raise ConfigError(

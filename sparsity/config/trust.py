@@ -10,10 +10,13 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from sparsity.config.schema import Methods
 from sparsity.config.signatures import arguments
 from sparsity.errors import ConfigError, nearest
+
+VARIABLES = "hydra.job.env_set"  # which code can be run by
 
 
 def may_call(trust: Sequence[str]) -> list[str]:
@@ -28,6 +31,7 @@ def admitted(arguments: Sequence[str]) -> list[str]:
     """
     given = [argument.lstrip("+") for argument in arguments]
     named = [name for argument in given if argument.startswith("trust=") for name in _named(argument)]
+    named += [VARIABLES for argument in given if argument.startswith(VARIABLES)][:1]
     return named + [entry for entry in os.environ.get("SPARSITY_TRUST", "").split(",") if entry]
 
 
@@ -44,6 +48,16 @@ def patterns(trust: Sequence[str]) -> list[str]:
     """Hydra's patterns for modules and functions."""
     bare = [entry.removesuffix(".*") for entry in trust]
     return [pattern for entry in bare if _is_path(entry) for pattern in (entry, f"{entry}.*")]
+
+
+def check_variables(own: DictConfig, admitted: Sequence[str]) -> None:
+    """Refuses variables of the environment that a YAML sets: they choose programs, such as the compiler, that are run.
+
+    own: the config of Hydra; admitted: from `admitted`, which names VARIABLES where the command line sets them.
+    """
+    if own.job.env_set and VARIABLES not in admitted:
+        name = next(iter(own.job.env_set))
+        raise ConfigError(f"{VARIABLES}.{name} stands in a YAML: set it on the command line, or {name}=… before it")
 
 
 def check_trust(trust: Sequence[str], admitted: Sequence[str]) -> None:

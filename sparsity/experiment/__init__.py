@@ -185,10 +185,11 @@ def _run_one(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Seque
 def _job(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[str]) -> Job:
     """The checked job of a composed config."""
     _check_search(composed, hydra)
+    config.check_variables(hydra, trust)
     composed = config.settle(composed, str(hydra.runtime.cwd) if hydra.job.chdir else None)
     checked = config.read(composed, trust=trust, choices=hydra.runtime.choices, folder=hydra.runtime.cwd)
     idle = config.idle_settings(checked, list(hydra.overrides.task))
-    for line in idle:
+    for line in [*idle, *config.idle_hydra(hydra)]:
         log.warning(f"warning: {line}")
     overrides = [entry for entry in hydra.overrides.task if not entry.startswith("search=")]
     whole = OmegaConf.to_container(composed, resolve=True)
