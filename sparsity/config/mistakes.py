@@ -222,7 +222,7 @@ def _instead(key: str, value: str, known: _Known) -> str | None:
     """What may be meant by a key that does not exist: what has its name elsewhere, or is spelt much like it."""
     dotted = key.replace("/", ".")
     parent, _, leaf = dotted.rpartition(".")
-    if dotted in known.keys_of_searches:
+    if parent == "hydra.sweeper" and dotted in known.keys_of_searches:
         return f"it belongs to a search: add -m {SEARCH}, or another one"
     groups = [group for group in known.groups if value and f"{group}={value}" in known.all_choices]
     if close := nearest(key, groups) or (groups[0] if len(groups) == 1 else None):
