@@ -129,8 +129,18 @@ class _Reader:
             if name not in numbers:
                 raise ConfigError(f"{join(key, name)} is missing: {target} needs it")
         _check_lengths(key, function, numbers)
-        kinds = typing.get_type_hints(function, include_extras=True) if target.startswith("sparsity.") else {}
-        return {name: self.read(join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
+        is_ours = target.startswith("sparsity.")
+        kinds = typing.get_type_hints(function, include_extras=True) if is_ours else _scalars_of(function)
+        read = {name: self.read(join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
+        return read if is_ours else numbers  # as they are given, since a stage's key tells 0 from 0.0
+
+
+def _scalars_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """The arguments of an optimizer of torch's that are one number or a truth value; of other code none is known."""
+    if not str(getattr(function, "__module__", "")).startswith("torch.optim."):
+        return {}
+    kinds = typing.get_type_hints(function.__init__)
+    return {name: kind for name, kind in kinds.items() if kind in (bool, int, float, bool | None)}
 
 
 def _check_lengths(key: str, function: Callable[..., Any], numbers: dict[str, Any]) -> None:
