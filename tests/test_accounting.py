@@ -139,6 +139,7 @@ def test_other_convolutions(convolution):
     assert macs == 4 * 6 // 2 * 3**axes * layer.num_positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", *slow("mobilenet_v2")])
 def test_networks_of_torchvision(name):
     module = models.torchvision(name=name, input_shape=(1, 32, 32), num_classes=10)

@@ -113,16 +113,19 @@ def test_medians_of_turns():
     assert taken.one_off("ours") == 3.0
 
 
+@pytest.mark.slow
 def test_plain_epochs():
     assert all(reading["seconds"] > 0 for reading in readings(2, plain.plain_epochs, SETTING, "lenet300", "hs"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "members"), [("eager", 1), ("recorded", 1), ("recorded", 2)])
 def test_our_epochs(way, members):
     found = readings(2, subjects.our_epochs, SETTING, "lenet300", "hs", way, "float32", members)
     assert all(reading["seconds"] > 0 and "bytes" in reading for reading in found)
 
 
+@pytest.mark.slow
 def test_finetuning_what_is_left(tmp_path):
     file = str(tmp_path / "pruned.pt")
     (prepared,) = readings(1, finetune.prepare, SETTING, "lenet300", "hs", file)

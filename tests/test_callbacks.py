@@ -38,6 +38,7 @@ def sweep(tmp_path, monkeypatch):
     return own, composed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -74,12 +75,14 @@ def test_a_glob_stands_for_choices(tmp_path, monkeypatch):
         assert config.count_members(["reg=glob(*hs)", "seed=0,1"]) == 2 * len(["group_hs", "hs"])
 
 
+@pytest.mark.slow
 def test_folders_are_whole_paths_for_all_processes(sweep, tmp_path):
     _, composed = sweep
     assert composed.hydra.sweep.dir == str(tmp_path / "made") and (tmp_path / "kept").is_dir()
     assert composed.hydra.overrides.hydra[-1] == f'hydra.sweep.dir="{tmp_path}/made"'
 
 
+@pytest.mark.slow
 def test_a_job_of_another_process_goes_where_the_sweep_was_started(sweep, tmp_path, monkeypatch):
     own, composed = sweep
     composed.hydra.mode = RunMode.MULTIRUN
@@ -93,6 +96,7 @@ def test_a_job_of_another_process_goes_where_the_sweep_was_started(sweep, tmp_pa
     assert os.getcwd() == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_what_is_said_while_members_end(sweep, tmp_path, caplog):
     own, composed = sweep
     told = json.loads((tmp_path / "made" / "sweep.json").read_text())
@@ -118,6 +122,7 @@ def test_ends_of_the_front_and_time_left_by_what_ended_since_the_start(tmp_path,
     assert said in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "watches"), [("basic", False), ("population", False), ("joblib", True)])
 def test_the_folder_is_watched_where_members_run_in_other_processes(name, watches, tmp_path):
     own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}/made")
@@ -135,6 +140,7 @@ def ended_by(error, own, composed):
         own.on_multirun_end(composed)
 
 
+@pytest.mark.slow
 def test_what_hydra_refuses_is_one_line(sweep, capsys):
     cause = ValueError("Did you mean: 'decay'?\n  full_key: reg.deacy")
     error = HydraException("Could not override\n 'reg.deacy'.")
@@ -159,6 +165,7 @@ def test_what_a_launcher_refuses_is_one_line(sweep, capsys):
     assert capsys.readouterr().err == "hydra/launcher=basic: n_jobs == 0 has no meaning\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [DivergedError("nan"), KeyboardInterrupt(), RuntimeError("ours")])
 def test_other_ends_are_summed_up_and_go_on(error, sweep, capsys):
     with pytest.raises(type(error)):
@@ -166,6 +173,7 @@ def test_other_ends_are_summed_up_and_go_on(error, sweep, capsys):
     assert "2 members: 0 done, 2 unfinished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_refused_search_is_not_summed_up(sweep, tmp_path, capsys):
     with pytest.raises(SystemExit):
         ended_by(SystemExit(2), *sweep)
@@ -177,6 +185,7 @@ def test_a_refused_search_is_not_summed_up(sweep, tmp_path, capsys):
     assert "2 members: 0 done, 1 failed, 1 unfinished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_what_is_resumed_is_told_as_that(tmp_path, caplog, capsys):
     caplog.set_level("INFO")
     put(tmp_path / "0", ["seed=0"])
@@ -192,6 +201,7 @@ def test_what_is_resumed_is_told_as_that(tmp_path, caplog, capsys):
     assert own.progress.finished_before() == [tmp_path / "0"]
 
 
+@pytest.mark.slow
 def test_members_of_another_sweep_are_not_counted(tmp_path, caplog):
     caplog.set_level("INFO")
     for name in ("0", "3", "7", "mine"):
@@ -203,6 +213,7 @@ def test_members_of_another_sweep_are_not_counted(tmp_path, caplog):
     assert "1 of 2 members are finished already" in caplog.text and "sweep: 2 of 2 members" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_search_that_asks_for_less_than_before_has_all_its_members(tmp_path, caplog):
     caplog.set_level("INFO")
     for number in range(3):
@@ -215,6 +226,7 @@ def test_a_search_that_asks_for_less_than_before_has_all_its_members(tmp_path, c
     assert "3 of 3 members are finished already" in caplog.text and "sweep: 4 of 4 members" in caplog.text
 
 
+@pytest.mark.slow
 def test_members_of_other_processes_are_told_to_the_last(tmp_path, caplog):
     caplog.set_level("INFO")
     own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}")
@@ -226,6 +238,7 @@ def test_members_of_other_processes_are_told_to_the_last(tmp_path, caplog):
     assert "sweep: 2 of 2 members" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "ends"), [("joblib", True), ("basic", False)])
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143)])
 def test_an_interrupted_sweep_ends_its_workers_and_is_summed_up(error, launcher, ends, sweep, monkeypatch, capsys):
@@ -238,6 +251,7 @@ def test_an_interrupted_sweep_ends_its_workers_and_is_summed_up(error, launcher,
     assert bool(ended) == ends and "2 members: 0 done, 2 unfinished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "follows"), [("joblib", True), ("submitit_slurm", False), ("basic", False)])
 def test_a_worker_knows_its_sweep(launcher, follows, tmp_path, monkeypatch):
     own, composed = Sweep(), multirun("seed=0,1", f"hydra.sweep.dir={tmp_path}")

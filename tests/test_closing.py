@@ -126,6 +126,7 @@ def test_a_batch_is_tried_at_its_size():
     assert all(torch.equal(population.buffers[name], buffer) for name, buffer in buffers.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -227,6 +228,7 @@ def zero_head(tmp_path):
     return f"model.weights={tmp_path}/given.pth"
 
 
+@pytest.mark.slow
 def test_zeros_that_were_given_are_named_and_not_blamed_on_the_rule(run, zero_head):
     result = run(*SMALL, zero_head, "stages=[prune,finetune]", "prune=threshold", "sensitivity=0")
     assert not any("pruned all of" in line for line in result["warnings"])
@@ -234,6 +236,7 @@ def test_zeros_that_were_given_are_named_and_not_blamed_on_the_rule(run, zero_he
     assert "fc2.weight, fc2.bias cannot learn" in line
 
 
+@pytest.mark.slow
 def test_a_layer_that_the_rule_takes_is_blamed_once(run, zero_head):
     rule = ("prune=threshold", "sensitivity=0", "prune.layers.fc1.weight=100")
     result = run(*SMALL, zero_head, "stages=[prune,finetune]", *rule)
@@ -242,6 +245,7 @@ def test_a_layer_that_the_rule_takes_is_blamed_once(run, zero_head):
     assert "fc1" not in line
 
 
+@pytest.mark.slow
 def test_the_remedy_names_a_parameter_of_the_network_itself(run, tmp_path):
     torch.save(Scaled(10).state_dict(), tmp_path / "given.pth")
     rule = ("prune=threshold", "sensitivity=1e-3", "prune.exclude=[out]")
@@ -253,6 +257,7 @@ def test_the_remedy_names_a_parameter_of_the_network_itself(run, tmp_path):
 # --- a member that fails ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, *slow(False)])
 def test_a_member_that_fails_takes_no_other_down(tmp_path, stacked):
     overrides = ("data=digits", "schedule=smoke", "store=null", *own("Failing", "stages=[pretrain]", "reg=none"))

@@ -366,6 +366,7 @@ def test_what_was_removed_comes_back_as_it_was(monkeypatch, name):
         assert torch.equal(trained.last.parameters[name][removed], population.parameters[name][removed])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", ["mlp", "batch_norm"])
 def test_a_population_is_its_members(monkeypatch, name, optimizer):

@@ -32,6 +32,7 @@ def test_defaults():
     assert run.stages == ["pretrain", "regularize", "prune", "finetune"]
 
 
+@pytest.mark.slow
 def test_paper_schedule_is_the_reference():
     schedule = read("schedule=paper").schedule
     assert (schedule.batch_size, schedule.pretrain.epochs, schedule.regularize.epochs) == (100, 250, 250)
@@ -171,6 +172,7 @@ def test_no_yaml_runs_code(name, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
+@pytest.mark.slow
 def test_settings_of_hydras_that_do_nothing_are_named():
     def idle(mode, *overrides):
         _, hydra = config.compose([f"hydra.mode={mode}", *overrides])
@@ -233,6 +235,7 @@ def test_an_optimizer_of_torchs_by_either_of_its_names(target):
     assert read(f"optimizer._target_=torch.optim.{target}", *given).optimizer.function.__name__ == target.split(".")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "line"),
     [

@@ -65,6 +65,7 @@ def main(*arguments, **environment):
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_help_in_ascii():
     done = main("--help", PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and done.stdout.isascii()

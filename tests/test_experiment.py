@@ -55,6 +55,7 @@ def test_what_a_run_leaves(run):
         assert (folder / f"{picture}.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_the_result_agrees_with_the_files(run):
     result = run(*SMALL, "sensitivity=0.5", "plots=false")
     folder = Path(result["folder"])
@@ -86,6 +87,7 @@ def test_the_same_command_gives_the_same_bits(run):
     assert third["accuracy"] != one["accuracy"]
 
 
+@pytest.mark.slow
 def test_members_draw_an_order_of_their_own_for_every_stage(run, monkeypatch):
     train, seeds = stages.train, {}
 
@@ -99,6 +101,7 @@ def test_members_draw_an_order_of_their_own_for_every_stage(run, monkeypatch):
     assert len(seeds) == 6 and len({drawn for each in seeds.values() for drawn in each}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elementwise", [True, False])
 def test_finetuning_is_compact_unless_the_optimizer_mixes_entries(elementwise, run, monkeypatch):
     compacted = []
@@ -152,6 +155,7 @@ def test_how_steps_are_computed(overrides, stage, num_steps, way):
         assert parts.way_of(run, stage, foreign, num_steps) == "eager"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("in_sweep", "plots", "drawn"),
     [(True, "null", 0), *slow((True, "true", 3), (False, "null", 3), (False, "false", 0))],
@@ -172,6 +176,7 @@ def test_stages_one_after_another_are_the_stages_together(run):
     assert rest["accuracy"]["regularized"] == {"validation": None, "test": None}
 
 
+@pytest.mark.slow
 def test_finetuning_a_pruned_network_keeps_its_zeros(run):
     pruned = run(*SMALL, "stages=[pretrain,prune]", "sensitivity=1", "plots=false")
     weights = f"model.weights={pruned['folder']}/model.safetensors"
@@ -180,6 +185,7 @@ def test_finetuning_a_pruned_network_keeps_its_zeros(run):
     assert tuned["accuracy"]["last"]["test"] > pruned["accuracy"]["pruned"]["test"]
 
 
+@pytest.mark.slow
 def test_no_stages_only_report(run):
     trained = run(*SMALL, "stages=[pretrain]", "plots=false")
     assert trained["accuracy"]["selected"] == {"validation": None, "test": None, "epoch": None}
@@ -189,6 +195,7 @@ def test_no_stages_only_report(run):
     assert (Path(report["folder"]) / "density.png").exists()
 
 
+@pytest.mark.slow
 def test_without_validation_nothing_is_selected(run, caplog):
     result = run(*SMALL, "data.validation=0", "plots=false")
     assert result["accuracy"]["selected"] == {"validation": None, "test": None, "epoch": None}
@@ -196,6 +203,7 @@ def test_without_validation_nothing_is_selected(run, caplog):
     assert "nothing was selected" in result["selection"] and "nothing is selected" in caplog.text
 
 
+@pytest.mark.slow
 def test_layers_of_their_own_and_left_out(run):
     result = run(*SMALL, "sensitivity=0.5", "prune.layers.fc1=2", "prune.exclude=[fc2]", "plots=false")
     layers = {layer["name"]: layer for layer in result["layers"]}
@@ -203,6 +211,7 @@ def test_layers_of_their_own_and_left_out(run):
     assert layers["fc2.weight"]["density"] == 1 and layers["fc2.weight"]["threshold"] is None
 
 
+@pytest.mark.slow
 def test_structural_pruning_takes_biases_with_filters(run):
     result = run(*SMALL, "reg=group_hs", "prune=group_std", "sensitivity=0.9", "prune.exclude=[fc2]", "plots=false")
     state = load_file(Path(result["folder"]) / "stages" / "prune.safetensors")
@@ -213,6 +222,7 @@ def test_structural_pruning_takes_biases_with_filters(run):
     assert hidden == 30 - int(dead.sum()) and inputs < 784
 
 
+@pytest.mark.slow
 def test_a_layer_pruned_whole_is_a_warning(run, caplog):
     result = run(*SMALL, "sensitivity=0.1", "prune.layers.fc1=100", "plots=false")
     assert any("prune.layers.fc1=100 pruned all of fc1.weight" in line for line in result["warnings"])
@@ -222,6 +232,7 @@ def test_a_layer_pruned_whole_is_a_warning(run, caplog):
     assert nothing["compression"]["weights"] is None and nothing["macs"]["pruned"] == 0
 
 
+@pytest.mark.slow
 def test_divergence_is_one_line_and_keeps_the_last_good_state(run, tmp_path):
     with pytest.raises(DivergedError, match=r"finetune: .*epoch 1; schedule.finetune.lr=1e\+30") as error:
         run(*SMALL, "schedule.finetune.lr=1e30", "optimizer=sgd")
@@ -238,6 +249,7 @@ def test_networks_run(run, model):
     assert result["total"]["parameters"] == {"lenet300": 266610, "lenet5": 431080, "torchvision": 11175370}[model]
 
 
+@pytest.mark.slow
 def test_networks_of_the_users_own(run, monkeypatch):
     target = ["model=custom", "model.factory._target_=sample_networks.Normalised", "+model.factory.width=6"]
     with pytest.raises(ConfigError, match=r"code from outside: admit it by trust=\[sample_networks\]"):
@@ -269,6 +281,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "kind", "message"), MISTAKES, ids=lambda value: str(value)[:40])
 def test_mistakes(run, tmp_path, overrides, kind, message):
     with pytest.raises(kind) as error:
@@ -277,6 +290,7 @@ def test_mistakes(run, tmp_path, overrides, kind, message):
     assert not (tmp_path / "run0").exists()
 
 
+@pytest.mark.slow
 def test_settings_that_do_nothing_warn(run, caplog):
     with caplog.at_level(logging.WARNING):
         run(*SMALL, "stages=[pretrain]", "sensitivity=0.3", "plots=false")
@@ -300,6 +314,7 @@ def pretrained(tmp_path_factory):
     return pretrained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -322,6 +337,7 @@ def test_every_setting_reaches_training(pretrained, change):
     assert not torch.equal(pretrained(*common, *without), pretrained(*common, change))
 
 
+@pytest.mark.slow
 def test_the_penalty_is_in_regularizing_alone(run):
     folder = Path(run(*SMALL, "plots=false")["folder"])
     with (folder / "history.csv").open() as file:
@@ -348,12 +364,14 @@ def test_a_finished_run_is_not_written_over(run, tmp_path):
     assert (tmp_path / "run0" / "result.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_everything_pruned_is_a_result(run):
     result = run(*SMALL, "prune=percentile", "sensitivity=1", "plots=false")
     stored = json.loads((Path(result["folder"]) / "result.json").read_text())
     assert stored["layers"][0]["threshold"] is None and stored["nonzero"]["weights"] == 0
 
 
+@pytest.mark.slow
 def test_an_excluded_bias_stays_when_its_filter_goes(run):
     overrides = ("reg=group_hs", "prune=group_std", "sensitivity=0.9", "prune.exclude=[fc2,fc1.bias]", "plots=false")
     state = load_file(Path(run(*SMALL, *overrides)["folder"]) / "stages" / "prune.safetensors")

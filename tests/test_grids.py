@@ -45,6 +45,7 @@ class Counting:
         return self.loader.load_sweep_config(*arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -62,12 +63,14 @@ def test_what_no_member_takes_is_refused(overrides, line, checked):
         checked(*overrides)
 
 
+@pytest.mark.slow
 def test_what_is_given_in_a_yaml_is_checked_too(checked):
     with pytest.raises(ConfigError, match=r"seed must be a whole number ≥ 0.*got -1"):
         checked("+hydra.sweeper.params={seed:'0,-1'}", "sensitivity=0.1")
     checked("+hydra.sweeper.params={seed:'0,-1'}", "seed=0,1")  # what is typed wins
 
 
+@pytest.mark.slow
 def test_a_large_grid_is_checked_value_by_value(checked):
     begin = time.perf_counter()
     assert checked(*LARGE, "seed=range(0,100)", "reg=hs,l1", "model=lenet300,mlp") == 1 + 1 + 1
@@ -75,6 +78,7 @@ def test_a_large_grid_is_checked_value_by_value(checked):
     assert checked("seed=0,1", "reg=hs,l1") == 4
 
 
+@pytest.mark.slow
 def test_names_of_folders_that_no_disk_takes(checked):
     named = "hydra.sweep.subdir=${hydra.job.override_dirname}"
     long = [f"data.root={'a' * 250}", "seed=0,1"]

@@ -184,6 +184,7 @@ def test_a_network_without_a_last_layer_is_refused():
         fill(Sampled(4, 3), Sampled(4, 3).state_dict(), "my.pth", images=FLAT, new_head=True)
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_it_and_says_so(run, tmp_path):
     torch.save(of_classes(1000).state_dict(), tmp_path / "big.pth")
     with pytest.raises(WeightsError, match=r"model.head=new draws"):
@@ -198,6 +199,7 @@ def test_a_run_starts_from_it_and_says_so(run, tmp_path):
     assert same == [name for name in states[0] if not name.startswith("fc3.")]
 
 
+@pytest.mark.slow
 def test_it_makes_stages_of_their_own_in_the_store(run, tmp_path):
     torch.save(of_classes(10).state_dict(), tmp_path / "ten.pth")
     given = ["stages=[pretrain]", "model.weights=ten.pth", "store=store", "plots=false"]

@@ -298,6 +298,7 @@ def test_everything_that_cannot_be_read_is_named_at_once(tmp_path, stream):
             assert caught.value.why == reasons[path.name]
 
 
+@pytest.mark.slow
 def test_sockets_and_large_images_are_refused_by_what_they_are(tmp_path, monkeypatch):
     write_images(tmp_path)
     monkeypatch.chdir(tmp_path)

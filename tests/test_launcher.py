@@ -134,6 +134,7 @@ def test_networks_with_convolutions_are_the_same_or_run_singly(model, members):
             torch.testing.assert_close(left[name], right[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_floats_of_a_method_may_differ(members):
     common = (*MLP, "reg=transformed_l1", "stages=[pretrain,regularize,prune]")
     jobs = [("reg.penalty.a=0.5",), ("reg.penalty.a=2.0",)]
@@ -145,6 +146,7 @@ def test_floats_of_a_method_may_differ(members):
     assert together[0]["layers"] != together[1]["layers"]
 
 
+@pytest.mark.slow
 def test_layers_have_sensitivities_of_each_members_own(members):
     together, alone = members(MLP, [("prune.layers.fc1=0.2",), ("prune.layers.fc1=0.6",)], stacked=True)
     check_equal(together, alone)
@@ -161,12 +163,14 @@ def test_one_after_another_is_each_alone_to_the_bit(members):
         assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_a_population_of_one_and_of_none(members):
     together, alone = members(MLP, DIFFERING[:1])
     assert together[0]["accuracy"] == alone[0]["accuracy"]
     assert experiment.run_members([]) == []
 
 
+@pytest.mark.slow
 def test_a_member_has_its_own_selected_epoch_and_the_network_of_it(tmp_path, monkeypatch):
     """Finetuning is given other selected networks than the last ones."""
     finetune = stages.finetune
@@ -205,6 +209,7 @@ def run_jobs(tmp_path, common, differing, **how):
     return experiment.run_jobs(composed, listen=lambda members: contextlib.nullcontext(), **how)
 
 
+@pytest.mark.slow
 def test_what_differs_in_more_than_numbers_splits_the_group(tmp_path, monkeypatch):
     groups = []
     train = experiment.run_members
@@ -222,12 +227,14 @@ def test_what_differs_in_more_than_numbers_splits_the_group(tmp_path, monkeypatc
     assert sorted(groups) == [1, 1, 1, 3] and all(len(outcome) == 2 for outcome in outcomes)
 
 
+@pytest.mark.slow
 def test_a_job_sees_its_own_hydra(tmp_path):
     common = (*MLP, "stages=[pretrain]", "schedule.pretrain.epochs=1", "seed=${hydra:job.num}")
     run_jobs(tmp_path, common, [("hydra.job.num=3",), ("hydra.job.num=4",)])
     assert [json.loads((tmp_path / name / "result.json").read_text())["seed"] for name in "01"] == [3, 4]
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_mixes_entries_takes_members_one_at_a_time(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(experiment_parts, "is_elementwise", lambda optimizer: False)
     with caplog.at_level("INFO"):
@@ -235,6 +242,7 @@ def test_an_optimizer_that_mixes_entries_takes_members_one_at_a_time(tmp_path, m
     assert "2 members are trained one after another: the optimizer would mix them" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_mapped_says_so(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(experiment_parts, "try_step", raising(after=2))
     with caplog.at_level("INFO"):
@@ -267,6 +275,7 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
     assert [(tmp_path / str(index) / "result.json").exists() for index in range(3)] == [True, False, True]
 
 
+@pytest.mark.slow
 def test_a_member_with_a_mistake_fails_alone(tmp_path):
     (tmp_path / "2").mkdir()
     put_finished(tmp_path / "2")
@@ -276,6 +285,7 @@ def test_a_member_with_a_mistake_fails_alone(tmp_path):
     assert (tmp_path / "2" / "result.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(experiment_parts, "_fitting", lambda *arguments: 2)
     with caplog.at_level("INFO"):
@@ -284,6 +294,7 @@ def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplo
     assert all(len(outcome) == 2 for outcome in outcomes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "sizes"),
     [({"stacked": True, "limit": 2}, [2, 2, 1]), *slow(({"stacked": True}, [5]), ({"stacked": False}, [1] * 5))],
@@ -294,6 +305,7 @@ def test_members_are_trained_as_many_at_a_time_as_is_asked(how, sizes, tmp_path,
     assert found == sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pays", [True, False])
 def test_what_is_faster_is_asked_of_a_measurement(pays, tmp_path, monkeypatch):
     found = trained_at_a_time(monkeypatch)
@@ -346,6 +358,7 @@ def test_settings_reach_the_task_and_what_is_said_of_a_member_its_log_alone(tmp_
     assert "said of both" in second and "said of one" in second and "lost" in second
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplog):
     from sparsity.experiment import record
 

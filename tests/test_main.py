@@ -30,6 +30,7 @@ def main(*arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_help_explains_the_groups():
     done = main("--help")
     assert done.returncode == 0
@@ -37,6 +38,7 @@ def test_help_explains_the_groups():
         assert line in done.stdout
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path):
     done = main(*MLP, f"hydra.run.dir={tmp_path}")
     assert done.returncode == 0, done.stderr
@@ -62,6 +64,7 @@ def test_a_mistake_in_full_on_request(tmp_path):
     assert done.returncode != 0 and "Traceback" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

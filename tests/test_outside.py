@@ -121,12 +121,14 @@ def test_what_cannot_be_used_is_told_by_what_is_wrong(tmp_path, lying_in, target
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_run_finds_a_network_in_the_current_folder(run, tmp_path, lying_in):
     lying_in("own_nets")
     result = run("model=custom", "model.factory._target_=own_nets.Net", "trust=[own_nets]", "stages=[pretrain]")
     assert result["total"]["weights"] == 7840
 
 
+@pytest.mark.slow
 def test_the_config_takes_the_folder_that_it_is_given(tmp_path, lying_in):
     folder = lying_in("own_nets", tmp_path / "elsewhere")
     composed, _ = config.compose(["data=digits", "model=custom", "model.factory._target_=own_nets.Net"])

@@ -39,6 +39,7 @@ def test_a_command_line_means_the_home_folder(typed, meant, home):
     assert config.shell_home(typed) == [text.replace("HOME", str(home)) for text in meant or typed]
 
 
+@pytest.mark.slow
 def test_what_is_quoted_means_it_too(home):
     composed, _ = config.compose(['model.weights="~/a b.pth"', "store=~/store", "data.root=relative"])
     settled = config.settle(composed, None)
@@ -54,6 +55,7 @@ def test_data_at_home(home, monkeypatch):
     assert config.settle(config.compose([])[0], None).data.loader.root == f"{home}/pics"
 
 
+@pytest.mark.slow
 def test_folders_at_home(home, tmp_path):
     composed = multirun("seed=0,1", 'hydra.sweep.dir="~/made"', 'store="~/kept"')
     Sweep().on_multirun_start(composed)
@@ -86,6 +88,7 @@ def test_inside_another_application_of_hydra(tmp_path):
     assert result["folder"] == f"{tmp_path}/x" and not GlobalHydra.instance().is_initialized()
 
 
+@pytest.mark.slow
 def test_what_hydra_alone_knows_is_refused_in_a_line():
     for text in ("data.validation_seed=${hydra:job.num}", "hydra.run.dir=${hydra:nothing}", "hydra.run.dir=${nothing}"):
         with pytest.raises(ConfigError) as error:
@@ -94,6 +97,7 @@ def test_what_hydra_alone_knows_is_refused_in_a_line():
     assert not HydraConfig.initialized() and os.listdir() == []
 
 
+@pytest.mark.slow
 def test_interpolations_of_a_run_are_its_own():
     composed, own = config.compose(["seed=7", "hydra.run.dir=${hydra.job.name}/${hydra:job.override_dirname}/${seed}"])
     with config.hydra_of(own):

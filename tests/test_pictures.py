@@ -36,6 +36,7 @@ HISTORIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("history", ["no error", *slow("one epoch", "diverged", "none")])
 def test_what_cannot_be_drawn_on_a_log_scale(history, tmp_path, capsys, caplog):
     numbers = (1.0, float("inf")) if history == "diverged" else (0.0, 0.0)

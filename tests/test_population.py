@@ -49,12 +49,14 @@ def assert_alike(tmp_path, together, alone):
                 torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_every_regularizer(tmp_path, name):
     together, alone = members(tmp_path, name, f"reg={name}")
     assert_alike(tmp_path, together, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(tmp_path, name):
     together, alone = members(tmp_path, name, f"prune={name}", "prune.exclude=[fc3]")
@@ -88,6 +90,7 @@ def test_a_member_that_diverges_fails_alone(tmp_path):
     assert outcomes[2]["accuracy"]["final"]["test"] > 0.7
 
 
+@pytest.mark.slow
 def test_members_with_dropout_run_one_after_another(tmp_path, monkeypatch):
     monkeypatch.setenv("SPARSITY_TRUST", "sample_networks")
     overrides = ["model=custom", "model.factory._target_=sample_networks.WithDropout"]

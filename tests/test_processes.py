@@ -57,6 +57,7 @@ def test_workers_are_ended_with_what_they_started():
     assert waits(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in both), 10)
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_its_sweep_and_leaves_ctrl_c_to_it():
     sweep = subprocess.Popen(SLEEP)
     owner = {**processes.this_process(), "pid": sweep.pid}

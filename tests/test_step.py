@@ -66,6 +66,7 @@ def replays(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimize", some_slow(choices("optimizer"), "adamw", "sgd"))
 @pytest.mark.parametrize(("name", "num_pieces"), [("normalised", 4), *slow(("dropout", 3))])
 def test_a_recorded_step_is_the_step(name, num_pieces, optimize, replays):
@@ -110,6 +111,7 @@ class Branches(sample_networks.WithDropout):
         return self.out(hidden.relu() if hidden.sum() > 0 else hidden)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     members = [build(Branches, (1, 6, 6), 2, 0)]
     eager, recorded = (trained(way, members) for way in ("eager", "recorded"))
@@ -117,6 +119,7 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog):
     assert recorded.last.buffers["calls"].item() == 3 * 7 and caplog.text.count("cannot be recorded") == 1
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_records(monkeypatch, caplog):
     def refuse(graph, **options):
         def call(*arguments):
@@ -206,6 +209,7 @@ def captured(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimize", ["adam", *slow("sgd")])
 @pytest.mark.parametrize("num_members", [1, 3])
 def test_the_way_of_a_gpu_is_the_step(num_members, optimize, captured, monkeypatch):
@@ -220,6 +224,7 @@ def test_the_way_of_a_gpu_is_the_step(num_members, optimize, captured, monkeypat
     check_same(trained("eager", members, optimize=optimize), together)
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_is_not_fused_is_not_recorded(replays, monkeypatch):
     monkeypatch.setitem(globals(), "optimizer", lambda name: partial(torch.optim.RMSprop, lr=1e-2))
     check_same(*(trained(way, [network()]) for way in ("eager", "recorded")))

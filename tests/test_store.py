@@ -265,6 +265,7 @@ def _hold(folder, held, end):
         end.wait(30)
 
 
+@pytest.mark.slow
 def test_a_lock_is_waited_for_and_dies_with_its_owner(tmp_path, caplog):
     context = multiprocessing.get_context("spawn")
     held, end = context.Event(), context.Event()
@@ -408,6 +409,7 @@ def test_a_sweep_computes_no_stage_twice(run, tmp_path):
     assert counts == {"pretrain": 1, "regularize": 2, "prune": 4, "finetune": 4}
 
 
+@pytest.mark.slow
 def test_a_run_from_the_store_is_the_run_that_filled_it(run, tmp_path):
     base = (*SMALL, f"store={tmp_path / 'store'}")
     first, second, alone = run(*base), run(*base), run(*SMALL, "store=null")
@@ -422,6 +424,7 @@ def test_a_run_from_the_store_is_the_run_that_filled_it(run, tmp_path):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_a_damaged_stage_is_computed_again(run, tmp_path, caplog):
     base = (*SMALL, f"store={tmp_path / 'store'}")
     first = run(*base)
@@ -433,6 +436,7 @@ def test_a_damaged_stage_is_computed_again(run, tmp_path, caplog):
     assert second["accuracy"] == first["accuracy"]
 
 
+@pytest.mark.slow
 def test_what_another_process_kept_meanwhile_is_taken(run, tmp_path, monkeypatch):
     first = run(*SMALL, f"store={tmp_path / 'theirs'}")
     claim = Store.claim
@@ -456,6 +460,7 @@ def test_a_diverged_stage_is_not_kept(run, tmp_path):
     assert [path.parent.name for path in (tmp_path / "store").glob("*/*.safetensors")] == ["pretrain"]
 
 
+@pytest.mark.slow
 def test_a_finished_folder_gives_its_result(run, tmp_path):
     base = (*SMALL, f"hydra.run.dir={tmp_path / 'one'}", "store=null")
     first = run(*base)

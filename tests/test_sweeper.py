@@ -124,6 +124,7 @@ def folders(asked):
     return [settings["hydra.sweep.subdir"].strip('"') for settings in asked]
 
 
+@pytest.mark.slow
 def test_a_search_runs_n_trials_in_all(searching):
     first, study = searching(n_trials=4)
     assert folders(first.asked) == ["0", "1", "2", "3"]
@@ -182,6 +183,7 @@ def test_two_searches_do_not_ask_at_once(searching, tmp_path):
     assert len(found[0][0].asked) == 1
 
 
+@pytest.mark.slow
 def test_the_same_seed_asks_for_the_same_points(searching, tmp_path):
     first, _ = searching(n_trials=3)
     os.remove(tmp_path / "studies.log")
@@ -191,6 +193,7 @@ def test_the_same_seed_asks_for_the_same_points(searching, tmp_path):
     assert points(first.asked) == points(again.asked) and points(first.asked) != points(other.asked)
 
 
+@pytest.mark.slow
 def test_ranges_stand_beside_their_numbers_and_the_command_line_wins(searching):
     _, study = searching("reg=group_hs", "sensitivity=interval(0.3,0.4)")
     own = config.compose(["reg=group_hs"])[0].reg.search.decay
@@ -219,6 +222,7 @@ def test_every_rule_can_be_searched(name, searching):
     assert space.low in interval and space.high in interval
 
 
+@pytest.mark.slow
 def test_objectives_and_their_directions(searching):
     _, study = searching("objectives=[accuracy,macs]", n_trials=1)
     assert [direction.name for direction in study.directions] == ["MAXIMIZE", "MINIMIZE"]
@@ -248,6 +252,7 @@ def dying(after):
     return answer
 
 
+@pytest.mark.slow
 def test_a_trial_whose_owner_is_gone_is_run_again_in_its_folder(searching, monkeypatch):
     monkeypatch.setattr(search, "this_process", lambda: {"host": socket.gethostname(), "pid": 2**22, "started": 0.0})
     for after in (2, 1):
@@ -264,6 +269,7 @@ def test_a_trial_whose_owner_is_gone_is_run_again_in_its_folder(searching, monke
     assert len({tuple(trial.params.values()) for trial in done}) == 6
 
 
+@pytest.mark.slow
 def test_finished_members_whose_results_are_gone_are_run_again(searching, tmp_path):
     first, _ = searching()
     for gone in ("1", "4"):
@@ -357,6 +363,7 @@ def test_a_mistake_that_no_member_survives_ends_the_search(searching):
     assert len(launcher.asked) == 6 and len({tuple(t.params.values()) for t in study.trials if t.values}) == 6
 
 
+@pytest.mark.slow
 def test_mistakes_in_a_row_end_the_search_and_one_does_not(searching):
     with pytest.raises(SparsityError, match="1 of 6 members failed"):
         searching(answer=failing(ConfigError("this point"), {2}))
@@ -366,6 +373,7 @@ def test_mistakes_in_a_row_end_the_search_and_one_does_not(searching):
         searching(answer=failing(ConfigError("these points"), {1, 3, 5}), n_trials=29)
 
 
+@pytest.mark.slow
 def test_the_failure_rate_can_end_it(searching):
     with pytest.raises(SparsityError, match=r"more than hydra.sweeper.max_failure_rate=0.3"):
         searching("hydra.sweeper.max_failure_rate=0.3", answer=failing(RuntimeError("no"), {1}))
@@ -383,6 +391,7 @@ def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -410,11 +419,13 @@ def test_mistakes_are_one_line_before_anything_runs(override, words, searching, 
     assert "\n" not in str(error.value) and not list(tmp_path.glob("**/*.db"))
 
 
+@pytest.mark.slow
 def test_regularizers_can_be_searched_with_one_range_for_all(searching):
     launcher, _ = searching("reg=hs,l1", "reg.decay=tag(log,interval(1e-5,1e-4))")
     assert {settings["reg"] for settings in launcher.asked} == {"hs", "l1"}
 
 
+@pytest.mark.slow
 def test_a_sampler_that_cannot_be_made_is_refused_in_a_line(searching):
     with pytest.raises(ConfigError, match=r"hydra.sweeper.sampler cannot be made: .*population_size"):
         searching("search=nsga2", "hydra.sweeper.sampler.population_size=1")
@@ -463,6 +474,7 @@ def test_files_keep_studies(searching, tmp_path):
 FINITE = ("reg.decay=1e-4,1e-3", "sensitivity=range(0.2,0.6,0.2)", "seed=range(0,2)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pareto", *slow("random", "nsga2", "quasi_random", "gaussian_process")])
 def test_no_point_of_a_finite_space_is_proposed_twice_and_its_end_is_told(name, searching, caplog):
     caplog.set_level("INFO")
@@ -477,6 +489,7 @@ def test_no_point_of_a_finite_space_is_proposed_twice_and_its_end_is_told(name, 
     assert searching(f"search={name}", *FINITE, n_trials=20)[0].asked == []
 
 
+@pytest.mark.slow
 def test_equal_choices_are_one_and_choices_keep_their_quotes(searching):
     other = "hydra.sweeper.storage=journal:///other.log"
     launcher, _ = searching("sensitivity=0.3,0.30,3e-1,0.6", "reg.decay=0.1", other, n_trials=9)
@@ -523,6 +536,7 @@ def test_places_of_points():
     assert space.fits(ranges, {"a": 0.3}) and not space.fits(ranges, {"d": 1}) and not space.fits(ranges, {"b": "y"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "remedy"),
     [
@@ -540,6 +554,7 @@ def test_a_range_of_whole_numbers_is_named(override, remedy, searching):
     assert int(launcher.asked[0][key]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "n_trials", "words"),
     [
@@ -555,6 +570,7 @@ def test_what_is_random_at_first_is_told(name, n_trials, words, searching, caplo
     assert words in caplog.text
 
 
+@pytest.mark.slow
 def test_what_is_random_all_along_is_not_told(searching, caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr(Search, "_ask", lambda *_: None)
@@ -574,6 +590,7 @@ def written(study, searching, tmp_path, n_trials, *overrides):
     return launcher, study
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "folder", ["../../outside", None, *slow("/outside", "0/../..", "", "0", "01", "9" * 400, 7, ["0"], "٣")]
 )
@@ -596,6 +613,7 @@ def test_names_of_folders_are_not_believed(folder, searching, tmp_path):
     assert folders(launcher.asked) == ["2", "3"] and launcher.asked[0]["sensitivity"] == str(left[0])
 
 
+@pytest.mark.slow
 def test_points_of_others_are_taken_where_they_are_of_this_search(searching, tmp_path, caplog):
     one = ("sensitivity=0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8", "reg.decay=0.1")
     _, study = searching(*one, n_trials=1)
@@ -625,6 +643,7 @@ def test_owners_that_are_none_are_gone(owner):
     assert search.is_gone({**search.this_process(), **owner} if isinstance(owner, dict) and owner else owner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", ["x", *slow({"space": {}}, {"space": 1, "objectives": [], "config": ""})])
 def test_a_study_of_another_program_is_refused(asked, searching):
     _, study = searching(n_trials=1)
@@ -636,6 +655,7 @@ def test_a_study_of_another_program_is_refused(asked, searching):
 # --- storages --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [20, *slow(1, 90)])
 def test_a_journal_that_was_cut_short_goes_on(cut, searching, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(search, "this_process", lambda: {"host": socket.gethostname(), "pid": 2**22, "started": 0.0})
@@ -697,6 +717,7 @@ def test_studies_at_home(tmp_path, monkeypatch):
     assert not (tmp_path / "~").exists() and (tmp_path / "home" / "a" / "s.db").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "url",
     [
@@ -710,6 +731,7 @@ def test_a_storage_that_is_none_is_refused_in_a_line(url, searching):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_database_that_is_not_one_is_refused_in_a_line(searching, tmp_path):
     (tmp_path / "s.db").write_text("rubbish " * 1000)
     (tmp_path / "s.log").write_text("rubbish\nmore\n")
@@ -767,6 +789,7 @@ def name_of(*overrides):
         return config.sweep_name(composed)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_named_by_what_it_is():
     name = name_of("sensitivity=0.1,0.2")
     assert name.startswith("lenet300-mnist-hs-std-") and len(name.rpartition("-")[2]) == 8

@@ -122,6 +122,7 @@ def test_seeds_form_one_point_with_an_interval(sweep):
     assert point.command == "python main.py -m model=lenet300 reg.decay=1e-3 seed=0,1,2"
 
 
+@pytest.mark.slow
 def test_the_front_is_chosen_on_validation_and_ordered_by_compression(sweep):
     summary = summarise([sweep])
     node = json.loads((sweep / "front.json").read_text())
@@ -178,6 +179,7 @@ def test_hypervolume_of_points(sweep):
     assert found == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_hypervolumes_as_printed(sweep, capsys):
     put(sweep / "12", ["model=lenet300", "reg.decay=1e-9", "seed=0"], 0.94, 0.999, 60)  # dominated on validation
     assert main([str(sweep), "--objectives", "accuracy,macs"]) == 0
@@ -377,6 +379,7 @@ def test_other_keys_are_categories_and_other_objectives_other_axes(tmp_path):
     assert len(pareto.figure_of(view(tmp_path, color_by="sensitivity")).axes) == 2
 
 
+@pytest.mark.slow
 def test_published_results_of_the_same_network(sweep):
     shown = view(sweep, published=True)
     assert {entry.kind for entry in shown.published} == {"element"}
@@ -408,6 +411,7 @@ def test_no_value_ends_the_script_of_the_page(tmp_path):
     assert "</script><b>" not in text and "&lt;/script&gt;" in text.replace("<\\/", "</")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("numbers", [{}, {"compression": None}, {"validation": None}])
 def test_one_member_has_pictures(tmp_path, numbers):
     put(tmp_path / "0", ["sensitivity=1"], **numbers)
@@ -465,6 +469,7 @@ def test_the_seed_that_stands_for_a_point_is_the_best_on_validation(tmp_path):
     assert read([tmp_path]).points[0].best.seed == "1"
 
 
+@pytest.mark.slow
 def test_choosing_and_exporting(sweep, tmp_path, capsys):
     out = tmp_path / "chosen"
     assert main([str(sweep), "--at-least-accuracy", "0.982", "--export", str(out)]) == 0
@@ -478,6 +483,7 @@ def test_choosing_and_exporting(sweep, tmp_path, capsys):
     assert file.read_bytes() == (out / "model.safetensors").read_bytes() and (tmp_path / "net.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -506,6 +512,7 @@ def test_mistakes_get_one_line_and_status_2(sweep, tmp_path, capsys, arguments, 
     assert status == 2 and words in error and error.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_network_that_is_gone_is_not_exported(sweep, tmp_path, capsys):
     for folder in sweep.glob("*/model.safetensors"):
         folder.unlink()
@@ -520,6 +527,7 @@ def test_sweeps_for_different_objectives_need_a_choice(sweep, tmp_path):
         read([sweep, tmp_path / "other"])
 
 
+@pytest.mark.slow
 def test_finished_sweeps_are_read_without_torch(sweep):
     code = f"import sys, sparsity.results.__main__ as m; m.main([{str(sweep)!r}]); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
@@ -534,6 +542,7 @@ def test_the_front_of_points_keeps_equal_ones(tmp_path):
 # --- what names hold, and what cannot be drawn ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_seeds_are_shown_as_they_are(tmp_path, capsys):
     for seed, test in enumerate((0.97, 0.98)):
         put(tmp_path / str(seed), ["sensitivity=1", f"seed={seed}"], test, test, 10.0 + seed)
@@ -604,6 +613,7 @@ def content_of(text):
 HOSTILE = ["</script><b>", "<!--<script>", "/*PLOTLY*/", "/*CONTENT*/", "'\"&amp;\\", "\u2028$x_{", "\ud800", "网"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*HOSTILE[:1], *slow(*HOSTILE[1:])])
 def test_the_page_holds_whatever_a_name_does(name, tmp_path):
     for place in range(2):
@@ -628,6 +638,7 @@ def test_the_page_can_be_read_where_a_number_is_missing(tmp_path):
     assert content_of(page.page_of(view(tmp_path), read([tmp_path])))["points"][0]["objectives"]["accuracy"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compression", [None, 1.0])
 def test_points_that_are_all_one_are_drawn(compression, tmp_path):
     put(tmp_path / "0", ["sensitivity=1"], 0.98, 0.97, compression)
@@ -657,6 +668,7 @@ SWEPT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("typed", [*SWEPT[:1], *slow(*SWEPT[1:])])
 def test_a_line_runs_one_member_and_no_sweep(typed, tmp_path):
     with hydra.initialize_config_dir(config_dir=str(ROOT / "conf")):

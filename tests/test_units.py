@@ -193,6 +193,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["group_threshold", *slow("group_std")])
 @pytest.mark.parametrize("name", SMALL)
 def test_what_is_removable_is_what_cutting_leaves(name, rule):

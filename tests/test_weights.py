@@ -129,6 +129,7 @@ def test_load_rebuilds_the_network_of_a_run(run):
     assert accuracy == pytest.approx(result["accuracy"]["final"]["test"])
 
 
+@pytest.mark.slow
 def test_load_of_a_users_own_class_takes_a_module(run, tmp_path, monkeypatch):
     import sample_networks
 
