@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from sparsity import config, processes
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, one_line
-from sparsity.streams import be_lenient
+from sparsity.streams import be_lenient, be_quiet
 
 INTERRUPTED = 130  # the exit status
 
@@ -25,6 +25,7 @@ be_lenient()
 config.register()
 TRUST = config.admitted(sys.argv[1:])  # before Hydra composes, so that no YAML has a say in it
 os.environ["SPARSITY_TRUST"] = ",".join(TRUST)  # for the processes that a launcher starts
+be_quiet(TRUST)
 
 
 def run(composed: DictConfig) -> tuple[float, ...]:

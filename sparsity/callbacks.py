@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +33,7 @@ log = logging.getLogger("sparsity")
 FORMAT = 1  # of sweep.json
 RESULT, FAILURE = "result.json", "failure.json"  # say that a member has ended
 NAME = "{name}"  # in hydra.sweep.dir
+METHODS = ("model", "data", "reg", "prune")  # the groups that say what a run is
 IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
 OF_A_CLUSTER = ("submitit_slurm",)  # whose jobs are not its children
 SECONDS_BETWEEN_LOOKS = 0.5  # at the folder, where the members run in other processes; more where a look takes long
@@ -80,7 +81,9 @@ class Sweep(Callback):
         folder = _make("hydra.sweep.dir", config.hydra.sweep.dir)
         if config.store is not None and "store" not in schema.swept_keys(config.hydra.overrides.task):
             _make("store", schema.at_home(config.store))
-        total = _write_sweep(folder, config)
+        described = _write_sweep(folder, config)
+        _announce_sweep(config, folder, described)
+        total = described["total"]
         self.progress = Progress(folder, total, numbered=_numbers(config, total))
         self.progress.begin()
         launcher = config.hydra.runtime.choices["hydra/launcher"]
@@ -135,15 +138,25 @@ class Sweep(Callback):
 
 def _announce(config: DictConfig) -> None:
     """One line on stdout that names what a run is made of, and its folder."""
+    listed = OmegaConf.select(config, "stages")
+    stages = " → ".join(map(str, listed)) if isinstance(listed, ListConfig) else ""
+    _say(config, (), [stages] if stages else [], Path(config.hydra.runtime.output_dir))
+
+
+def _announce_sweep(config: DictConfig, folder: Path, described: Mapping[str, Any]) -> None:
+    """The same of a sweep: what its members have in common, how many there are, and what differs."""
+    swept, total = described["swept"], described["total"]
+    counted = "members" if total is None else f"{total} member{'s' * (total != 1)}"
+    _say(config, swept, [f"{counted} over {', '.join(swept)}" if swept else counted], folder)
+
+
+def _say(config: DictConfig, swept: Collection[str], parts: Sequence[str], folder: Path) -> None:
     from sparsity.results import near
     from sparsity.tables import say_parts
 
     chosen = config.hydra.runtime.choices
-    methods = " ".join(f"{group}={chosen.get(group)}" for group in ("model", "data", "reg", "prune"))
-    listed = OmegaConf.select(config, "stages")
-    stages = " → ".join(map(str, listed)) if isinstance(listed, ListConfig) else ""
-    parts = [methods, stages, f"files in {near(Path(config.hydra.runtime.output_dir))}"]
-    say_parts([part for part in parts if part])
+    methods = " ".join(f"{group}={chosen.get(group)}" for group in METHODS if group not in swept)
+    say_parts([part for part in (methods, *parts, f"files in {near(folder)}") if part])
 
 
 def _numbers(config: DictConfig, total: int | None) -> float | None:
@@ -296,8 +309,8 @@ def _name_folder(config: DictConfig) -> None:
         config.hydra.overrides.hydra.append(f"hydra.sweep.dir={QuotedString(folder, Quote.double).with_quotes()}")
 
 
-def _write_sweep(folder: Path, config: DictConfig) -> int | None:
-    """`sweep.json`: what is swept, and how; returns the number of members, where it is known."""
+def _write_sweep(folder: Path, config: DictConfig) -> dict[str, Any]:
+    """`sweep.json`: what is swept, and how; returns what it holds."""
     own = config.hydra
     params = [f"{key}={text}" for key, text in (OmegaConf.to_container(own.sweeper).get("params") or {}).items()]
     typed = [*params, *own.overrides.task]
@@ -316,4 +329,4 @@ def _write_sweep(folder: Path, config: DictConfig) -> int | None:
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     write_text(folder / "sweep.json", json.dumps(described, indent=1) + "\n")
-    return described["total"]
+    return described

@@ -6,6 +6,7 @@ and the tensors that it names but is not given; those may be changed in place be
 
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -132,6 +133,8 @@ def _working(graph: GraphModule, arguments: Sequence[Tensor]) -> tuple[Function,
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import fresh_cache
 
+    _quieten_compiler()
+
     trouble = None
     for place in (contextlib.nullcontext, fresh_cache):
         try:
@@ -147,6 +150,13 @@ def _working(graph: GraphModule, arguments: Sequence[Tensor]) -> tuple[Function,
         return compiled, results
     log.warning(f"warning: the step is not compiled ({trouble}): it is recorded only")
     return graph, graph(*arguments)
+
+
+def _quieten_compiler() -> None:
+    """Leaves out what the compiler says of its own working, unless the user asks for it by TORCH_LOGS."""
+    if "TORCH_LOGS" not in os.environ:
+        for name in ("torch", "torch._dynamo", "torch._functorch", "torch._inductor"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class CudaGraphs:

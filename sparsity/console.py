@@ -1,10 +1,11 @@
 """What a person sees while a run works: progress bars, tables, one line at the end."""
 
+import contextlib
 import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +13,7 @@ from rich.table import Column as GridColumn
 
 from sparsity import tables
 from sparsity.accounting import Report, Row
+from sparsity.streams import shown
 from sparsity.tables import Column
 from sparsity.training import Epoch, Watcher
 
@@ -21,6 +23,19 @@ TIME_WIDTH = len("1:00:00 ")  # of the time left
 SHORTEST_BAR, LONGEST_BAR = 6, 24
 COMPILING = "compiling the training step"  # takes 2 s, or 11 s of a network that is new to the machine
 MAX_ROWS = 40  # tensors in a table: those of the networks on MNIST fit many times, and a screen takes no more
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """Shows in a terminal what is being waited for, as long as it takes."""
+    is_terminal = sys.stderr.isatty()
+    if is_terminal:
+        print(shown(text, sys.stderr), end="\r", file=sys.stderr, flush=True)  # what is said next goes over it
+    try:
+        yield
+    finally:
+        if is_terminal:
+            print(end="\r\033[K", file=sys.stderr, flush=True)
 
 
 class StageProgress(Watcher):

@@ -1,9 +1,13 @@
-"""What a terminal, a pipe or a file can show: characters that its encoding lacks are written in ASCII."""
+"""What reaches a terminal, a pipe or a file: what its encoding can show, and no warnings of libraries."""
 
 import codecs
 import contextlib
+import os
+import re
 import sys
 import unicodedata
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 ERRORS = "sparsity.ascii"  # the name of our way to encode what an encoding lacks
@@ -58,6 +62,22 @@ def be_lenient() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's cannot be told, and takes all
             stream.reconfigure(errors=ERRORS)
+
+
+SPEAKING = ("hydra._internal.callbacks",)  # whose warnings say that code of the user's has failed
+
+
+def be_quiet(own: Iterable[str]) -> None:
+    """Leaves out Python's warnings but those of a user's own modules, here and in processes that start later.
+
+    `python -W default` shows all.
+    """
+    if sys.warnoptions:
+        return
+    warnings.simplefilter("ignore")
+    for name in (*SPEAKING, *own):
+        warnings.filterwarnings("default", module=rf"{re.escape(name.removesuffix('.*'))}(\.|$)")
+    os.environ["PYTHONWARNINGS"] = "ignore"
 
 
 def shown(text: str, stream: Any) -> str:

@@ -69,6 +69,12 @@ def test_a_sweep_that_no_member_could_run_in(overrides, line, tmp_path, monkeypa
     assert end.value.code == 2 and said.startswith(line) and said.count("\n") == 1
 
 
+def test_a_sweep_says_at_once_what_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Sweep().on_multirun_start(multirun("seed=0,1,2", "reg=hs,l1", "hydra.sweep.dir=made"))
+    assert capsys.readouterr().out == "model=lenet300 data=mnist prune=std | 6 members over seed, reg | files in made\n"
+
+
 def test_a_glob_stands_for_choices(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with initialize_config_dir(config_dir=str(ROOT / "conf")):

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 from conftest import ROOT
 
 from sparsity import console, results, tables
 from sparsity.accounting import Report, Row
-from sparsity.streams import be_lenient, shown
+from sparsity.streams import be_lenient, be_quiet, shown
 from sparsity.tables import Column, fitted, show_table, wrapped
 from sparsity.training import Epoch
 
@@ -83,6 +84,37 @@ def test_a_run_its_log_and_its_tables_where_nothing_is_utf_8(tmp_path):
         command = [sys.executable, "-m", *arguments]
         environment = {**os.environ, **plain, "PYTHONPATH": str(ROOT)}
         assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "is_shown"), [("torch.nn", False), ("mine", True), ("mine.nets", True), ("mines", False)]
+)
+def test_warnings_are_those_of_a_user_s_own_modules(module, is_shown, monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", [])
+    monkeypatch.setenv("PYTHONWARNINGS", "")
+    with warnings.catch_warnings(record=True) as heard:
+        be_quiet(["mine", "other.*"])
+        warnings.warn_explicit("beware", UserWarning, "nets.py", 1, module=module)
+    assert bool(heard) == is_shown and os.environ["PYTHONWARNINGS"] == "ignore"
+
+
+def test_warnings_that_are_asked_for_are_shown(monkeypatch):
+    monkeypatch.setattr(sys, "warnoptions", ["default"])
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        be_quiet([])
+        assert warnings.filters == before
+
+
+def test_what_is_waited_for_is_shown_in_a_terminal_alone(monkeypatch, capsys):
+    with console.waiting("reading data=mnist"):
+        pass
+    assert capsys.readouterr().err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with pytest.raises(ValueError), console.waiting("reading data=mnist"):
+        raise ValueError
+    assert terminal.getvalue() == "reading data=mnist\r\r\033[K"
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------

@@ -101,12 +101,13 @@ def load_data(run: Run, in_sweep: bool = False) -> tuple[Splits, str]:
 
 
 def _source(run: Run) -> Source:
+    name = run.name.get("data", run.data.loader.target)
     try:
-        return as_source(run.data.loader.partial()())
+        with console.waiting(f"reading data={name}"):
+            return as_source(run.data.loader.partial()())
     except SparsityError:
         raise
     except Exception as error:  # whatever a loader of the user's own may raise
-        name = run.name.get("data", run.data.loader.target)
         raise DataError(f"data={name} cannot be loaded: {reason(error)}") from error
 
 
