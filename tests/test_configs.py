@@ -92,7 +92,6 @@ MISTAKES = [
     (["optimizer=sgd", "optimizer.momentum=true"], "optimizer.momentum must be a number, got True"),
     (["reg.penalty=null"], "reg.penalty=null leaves reg.decay=0.0001 of reg=hs without use: take reg=none"),
     (["reg.apply_to=[]"], r"reg.apply_to=\[\] leaves the penalty of reg=hs nothing"),
-    (["prune.apply_to=[]"], r"prune.apply_to=\[\] leaves nothing to prune"),
     (["prune.apply_to=[bias,bias]"], r"prune.apply_to must name each kind once, got \[bias,bias\]"),
     (["reg.search.decay=wide"], "reg.search.decay must be a range to search, such as interval"),
 ]

@@ -92,10 +92,6 @@ def _check_applies(run: Run) -> None:
         raise ConfigError(f"reg.penalty=null leaves reg.decay={run.reg.decay:g} of {choice} without use: take reg=none")
     if run.reg.penalty is not None and not run.reg.apply_to and "regularize" in run.stages:
         raise ConfigError(f"reg.apply_to=[] leaves the penalty of {choice} nothing: take reg=none, or name kinds")
-    if not run.prune.apply_to and "prune" in run.stages:
-        raise ConfigError(
-            "prune.apply_to=[] leaves nothing to prune: name kinds, such as [weight], or leave out the stage"
-        )
     for key, text in _search_keys(run):
         if not _is_range(text):
             raise ConfigError(f"{key} must be a range to search, such as interval(0.1,1), or a number; got {text!r}")
