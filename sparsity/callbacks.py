@@ -21,7 +21,6 @@ from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
-from omegaconf.errors import OmegaConfBaseException
 
 from sparsity import config as schema
 from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError, reason
@@ -46,8 +45,12 @@ def _refusing(method: Callable[..., None]) -> Callable[..., None]:
     def callback(self: Callback, config: DictConfig, **arguments: Any) -> None:
         try:
             method(self, config, **arguments)
-        except (SparsityError, HydraException, OmegaConfBaseException) as error:
-            _refuse(str(error) if isinstance(error, SparsityError) else schema.said(error), error)
+        except Exception as error:
+            typed = OmegaConf.to_container(config.hydra.overrides, resolve=False)
+            line = schema.mistake(error, [*typed["task"], *typed["hydra"]])
+            if line is None:
+                raise
+            _refuse(line, error)
 
     return callback
 

@@ -177,6 +177,7 @@ def test_settings_of_hydras_that_do_nothing_are_named():
         _, hydra = config.compose([f"hydra.mode={mode}", *overrides])
         return config.idle_hydra(hydra)
 
+    assert idle("RUN", "hydra.env=${oc.env:NOPE}") == []
     assert idle("RUN", "hydra/launcher=population") == ["hydra.launcher does nothing without -m"]
     assert idle("RUN", "hydra.sweep.dir=x", "hydra.run.dir=y") == ["hydra.sweep.dir does nothing without -m"]
     assert idle("MULTIRUN", "hydra.sweep.dir=x", "hydra.run.dir=y")[0].startswith(

@@ -30,12 +30,14 @@ def mistake(error: BaseException, typed: Sequence[str] = ()) -> str | None:
     """
     if isinstance(error, SparsityError):
         return str(error)
+    if isinstance(error, OmegaConfBaseException):
+        return said(error, typed)
     modules = [frame.f_globals.get("__name__", "") for frame in _frames(error)]
     ours = [name for name in modules if name.startswith("sparsity.") and not name.startswith("sparsity.config")]
-    is_of_job = utils._job_traceback(error.__traceback__) or any("sparsity.experiment" in name for name in ours)
-    if is_of_job or (ours and not isinstance(error, HydraException | OmegaConfBaseException)):
+    if utils._job_traceback(error.__traceback__) or any("sparsity.experiment" in name for name in ours):
         return None
-    return said(error, typed)
+    is_hydras = isinstance(error, HydraException) or (modules[-1:] and modules[-1].startswith(("hydra.", "omegaconf.")))
+    return said(error, typed) if is_hydras or not ours else None
 
 
 def said(error: BaseException, typed: Sequence[str] = ()) -> str:
@@ -215,6 +217,8 @@ def _no_key(known: _Known, error: BaseException, typed: str) -> str:
         )
     if key != typed and key in known.groups:
         return f"{typed} is no group: write {key}={value or 'CHOICE'}"
+    if key in known.keys:  # what is new is inside the value
+        return f"{getattr(error.__cause__, 'full_key', key)} is no key yet: write ++{key}={value} to add it"
     return f"{key} is no key: {_instead(key, value, known) or HELP}"
 
 

@@ -160,7 +160,8 @@ def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
 def idle_hydra(own: DictConfig) -> list[str]:
     """A line for each of Hydra's settings of the command line that this kind of start makes no use of."""
     is_sweep = own.mode is RunMode.MULTIRUN
-    keys = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in own.overrides.hydra]
+    typed = OmegaConf.to_container(own.overrides.hydra, resolve=False)
+    keys = [override.lstrip("+~").partition("=")[0].replace("/", ".") for override in typed]
     of_sweeps = [key for key in keys if re.match(r"hydra\.(sweep|sweeper|launcher)\b", key)]
     if is_sweep:
         return [f"{key} does nothing in a sweep: hydra.sweep.dir names its folder" for key in keys if key == RUN_DIR]
