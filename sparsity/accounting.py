@@ -68,7 +68,7 @@ def account(
     facts = Facts({**parameters, **(buffers or {})})
     views = {name: to_view(facts.of(name), layouts[name]) for name in parameters}
     live = _agree(views, graph)
-    dense = _agree({name: torch.ones_like(view) for name, view in views.items() if name in graph}, graph)
+    dense = {name: Live([view.shape[2]] * len(view), [view.shape[1]] * len(view)) for name, view in views.items()}
     units: Units = getattr(graph, "units", None) or Units.none()
     uses = _uses(graph, units)
     kept = units.kept(facts)[units.of]  # by slot
@@ -78,7 +78,8 @@ def account(
         {name: _cut_macs(layer, views[name], uses[name], slots) for name, layer in graph.items()}
         for slots in (kept, whole)
     )
-    products, all_products = (sum(product.macs(slots) for product in units.matmuls) for slots in (kept, whole))
+    others = [*units.matmuls, *(use for use in units.layers if use.weight not in graph)]
+    products, all_products = (sum(each.macs(slots) for each in others) for slots in (kept, whole))
     rows = [
         _row(
             name,
@@ -181,7 +182,8 @@ def _uses(graph: Mapping[str, Layer], units: Units) -> dict[str, list[LayerUse]]
     """The uses of each layer's weight, of which one may take a part alone, as attention does of its projections."""
     found: dict[str, list[LayerUse]] = {name: [] for name in graph}
     for use in units.layers:
-        found[use.weight].append(use)
+        if use.weight in graph:
+            found[use.weight].append(use)
     return found
 
 

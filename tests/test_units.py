@@ -16,7 +16,7 @@ from sparsity.graph import Facts, trace
 from sparsity.population import stack
 
 FAMILIES = ["resnet18", "vgg11_bn", "mobilenet_v2", "densenet121", "googlenet"]
-FAMILIES += ["efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t"]
+FAMILIES += ["efficientnet_b0", "convnext_tiny", "vit_b_16", "swin_t", "shufflenet_v2_x0_5"]
 RULES = {"group_threshold": 1e-4, "group_std": 0.02}
 
 
@@ -121,6 +121,22 @@ class Shuffled(nn.Module):
         return self.out(pairs.flatten(1, 2).mean((2, 3)))
 
 
+class Halved(nn.Module):
+    """Channels that are split into equal halves, one of which is worked on, as often as in ShuffleNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, images):
+        maps = self.stem(images).relu()
+        for layer in (self.one, self.two):
+            kept, worked_on = maps.chunk(2, 1)
+            maps = nn.functional.channel_shuffle(torch.cat([kept, layer(worked_on).relu()], 1), 2)
+        return self.out(maps.mean((2, 3)))
+
+
 class Attending(nn.Module):
     """Patches with a class token and positions, an encoder's layer of torch's, and attention of one's own."""
 
@@ -187,7 +203,7 @@ class Tied(nn.Module):
 
 SMALL = {
     **{"branches": Branches, "shuffled": Shuffled, "attending": Attending, "mixer": Mixer, "decoder": Decoder},
-    "tied": Tied,
+    **{"halved": Halved, "tied": Tied},
     "vision": partial(vision_transformer.VisionTransformer, 8, 4, 1, 3, 12, 20, num_classes=5),
     "windows": partial(swin_transformer.SwinTransformer, [2, 2], 12, [2], [3], [3, 3], num_classes=5),
 }
@@ -263,7 +279,13 @@ def test_what_cannot_be_cut_is_never_counted_as_gone(between):
         (lambda maps: maps.clamp(min=-1) ** 2, 2),
         (lambda maps: maps.exp(), 6),
         (lambda maps: nn.functional.max_pool2d(maps, 2), 2),
-        (lambda maps: torch.where(maps > 0, maps, 0 * maps), 6),
+        (lambda maps: torch.where(maps > 0, maps, 0.1 * maps), 2),
+        (lambda maps: torch.where(maps > 0, maps, 1.0), 6),
+        (lambda maps: maps * (maps > 0), 2),
+        (lambda maps: maps.masked_fill(maps < 0.1, 0.0), 2),
+        (lambda maps: maps.masked_fill(maps < 0.1, 0.5), 6),
+        (lambda maps: (maps > 0.1).float(), 6),
+        (lambda maps: (maps * maps) ** (maps + 1), 6),
         (nn.GroupNorm(3, 6), 6),
         (nn.BatchNorm2d(6, affine=False), 6),
         (nn.BatchNorm2d(6, affine=False, track_running_stats=False), 2),
@@ -343,3 +365,25 @@ def test_what_is_changed_in_place_is_not_forgotten(where):
     with torch.no_grad():
         module.one.weight[:], module.one.bias[:] = 0, 0
     assert report_of(module, units).macs["removable"] >= 4 * 6 + 6 * 2  # two reads what other gives
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_what_a_buffer_multiplies_is_counted(given):
+    class Transformed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(5, 2)
+            self.register_buffer("matrix", torch.rand(6, 5))
+
+        def forward(self, units):
+            return self.two(self.one(units) @ self.matrix)
+
+    module, units = Transformed(), torch.rand(2, 4)
+    with torch.no_grad():
+        module.one.weight[0], module.one.bias[0] = 0, 0
+        module.two.weight[:, 0] = 0
+    buffers = dict(module.named_buffers()) if given else None
+    parameters = dict(module.named_parameters())
+    report = account(parameters, stack([module]).layouts, trace(module, units), buffers=buffers)
+    assert report.macs["dense"] == counted(module, units[:1])[0] == 24 + 30 + 10
+    assert report.macs["removable"] == 20 + 5 * 4 + 8

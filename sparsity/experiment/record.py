@@ -143,8 +143,8 @@ class Record:
             self._warn_all(f"MACs leave out {', '.join(unseen)}: no linear layer or convolution uses them directly")
         units = self.graph.units
         if units is None or units.unknown:
-            them = "the network's functions do" if units is None else f"{', '.join(units.unknown)} does"
-            self._warn_all(f"what {them} with channels is not known: what they are given is kept whole, and counted so")
+            them = "its functions do" if units is None else f"{', '.join(units.unknown)} does"
+            self._warn_all(f"it is not known what {them} with channels: those stay, and count as kept")
         if self.splits.validation is None and "finetune" in self.run.stages:
             self._warn_all("data.validation=0: nothing is selected; the network will be that of the last epoch")
 

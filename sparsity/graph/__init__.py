@@ -51,6 +51,8 @@ def trace(module: nn.Module, images: Tensor) -> Graph:
     kept = torch.ones_like(units.of, dtype=torch.bool)
     macs: dict[str, int] = {}
     for layer in units.layers:
+        if layer.weight not in sizes:  # a buffer, such as a fixed transform
+            continue
         macs[layer.weight] = macs.get(layer.weight, 0) + layer.macs(kept)
     found = {}
     for name, count in macs.items():

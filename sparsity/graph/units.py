@@ -54,14 +54,14 @@ class Facts:
         self.entries: dict[str, Tensor] = {}
 
     def of(self, name: str) -> Tensor:
-        """Which entries of a tensor are not 0, on the CPU; of one that is not given all are taken to be."""
+        """Which entries of a tensor are not 0, on the CPU."""
         if name not in self.entries:
             self.entries[name] = nonzero(self.tensors[name]).cpu()
         return self.entries[name]
 
     def along(self, entry: Entry) -> Tensor:
         """Whether anything is not 0 at each of the entries."""
-        if entry.name not in self.tensors:
+        if entry.name not in self.tensors:  # such as statistics that are not given: other than 0 as far as is known
             return torch.ones(len(entry.index), dtype=torch.bool)
         found = self.of(entry.name)
         return found.movedim(entry.axis, 0).reshape(found.shape[entry.axis], -1).any(1)[entry.index]
@@ -99,6 +99,9 @@ class LayerUse:
 
     def connections(self, facts: Facts) -> Tensor:
         """Which output hears which input: bool [groups, outputs, inputs]."""
+        if self.weight not in facts.tensors:
+            shape = self.groups, len(self.outs) // self.groups, len(self.ins) // self.groups
+            return torch.ones(shape, dtype=torch.bool)
         entries, rows, columns = facts.of(self.weight), self.rows.axis, self.columns.axis
         others = [axis for axis in range(entries.ndim) if axis not in (rows, columns)]
         found = entries.permute(rows, columns, *others).reshape(entries.shape[rows], entries.shape[columns], -1)
