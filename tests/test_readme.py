@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text()
 
 @pytest.mark.slow
 def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
-    function = re.search(r"```python\n(def log_sum.*?)```", README, re.DOTALL)[1]
+    function = re.search(r"```python\n(def capped_l1.*?)```", README, re.DOTALL)[1]
     yaml = re.search(r"```yaml\n(decay.*?)```", README, re.DOTALL)[1]
     for name in ("conf", "sparsity", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -24,20 +24,20 @@ def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     with (tmp_path / "sparsity" / "regularizers.py").open("a") as file:
         file.write(f"\n\n{function}")
-    (tmp_path / "conf" / "reg" / "log_sum.yaml").write_text(yaml)
+    (tmp_path / "conf" / "reg" / "capped_l1.yaml").write_text(yaml)
 
     def python(*arguments):
         done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
-    status, said = python("-m", "pytest", "-k", "log_sum", "tests/test_methods.py", "tests/test_configs.py")
+    status, said = python("-m", "pytest", "-k", "capped_l1", "tests/test_methods.py", "tests/test_configs.py")
     assert status == 0 and int(re.search(r"(\d+) passed", said)[1]) > 40, said
     small = ("data=digits", "schedule=smoke", "plots=false", "threads=1", "store=null")
-    status, said = python("main.py", "reg=log_sum", "reg.penalty.epsilon=0.05", *small)
+    status, said = python("main.py", "reg=capped_l1", "reg.penalty.cap=0.05", *small)
     assert status == 0, said
-    status, said = python("main.py", "reg=log_sum", "reg.penalty.epsilon=0", *small)
-    assert status == 2 and said == "reg.penalty.epsilon must be a number > 0, got 0\n"
-    assert "log_sum" in python("main.py", "--help")[1]
+    status, said = python("main.py", "reg=capped_l1", "reg.penalty.cap=0", *small)
+    assert status == 2 and said.splitlines()[1:] == ["reg.penalty.cap must be a number > 0, got 0"], said
+    assert "capped_l1" in python("main.py", "--help")[1]
 
 
 def test_every_choice_is_in_the_table():
