@@ -1,6 +1,7 @@
 """The architecture: who imports whom, and who knows Hydra."""
 
 import ast
+import configparser
 import subprocess
 import sys
 
@@ -43,6 +44,13 @@ def level_of(room):
 
 def test_every_room_has_a_level():
     assert set(ROOMS) == set().union(*LEVELS)
+
+
+def test_every_room_is_installed():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    folders = {f"sparsity.{path.parent.name}" for path in (ROOT / "sparsity").glob("*/__init__.py")}
+    assert set(setup["options"]["packages"].split()) == {"sparsity", "sparsity.conf"} | folders
 
 
 @pytest.mark.parametrize("room", ROOMS)
