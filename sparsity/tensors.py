@@ -1,5 +1,7 @@
 """Parameters as the methods see them: which kind each is, and the view [groups, outputs, inputs, positions]."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -151,6 +153,21 @@ def nonzero(tensor: Tensor) -> Tensor:
     """Which entries are not ±0, by their bits: a comparison takes denormals for 0 wherever those are flushed."""
     bits = BITS.get(tensor.dtype)
     return tensor != 0 if bits is None else tensor.detach().view(bits) << 1 != 0
+
+
+@contextlib.contextmanager
+def denormals_kept() -> Iterator[None]:
+    """Comparisons that tell denormals from zeros: not flushed, which is each thread's own setting, in one thread."""
+    threads = torch.get_num_threads()
+    smallest = torch.ones((), dtype=torch.int32).view(torch.float32)
+    flushed = not bool(smallest != 0)
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushed)
 
 
 def bias_of(weight: str) -> str:

@@ -16,6 +16,7 @@ LEVELS = [
     {"step"},
     {"evaluation"},
     {"training", "accounting", "compaction"},
+    {"budgets"},
     {"stages", "config", "results", "console", "store"},
     {"experiment"},
     {"sweeper", "callbacks", "launcher"},

@@ -1,0 +1,422 @@
+"""Budgets: how much of a network is to be left, and the number of a pruning rule that leaves just that."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Annotated, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparsity.accounting import Report, account
+from sparsity.errors import ConfigError
+from sparsity.graph import Layer
+from sparsity.kinds import PositiveCount, Range
+from sparsity.population import Population
+from sparsity.tensors import Layout, Tensors, denormals_kept, from_view, nonzero, to_view
+
+MasksOf = Callable[[Tensor], Tensors]  # the rule's number of each member [members] → masks bool [members, *shape]
+LARGEST = torch.finfo(torch.float32).max
+
+
+class Counts(NamedTuple):
+    """What is left of one member."""
+
+    nonzero: int  # weights other than 0, of the whole network
+    total: int  # weights
+    macs: int | None = None  # left once all that can be cut out is; None where no budget asks for them
+    dense_macs: int | None = None
+
+    @property
+    def compression(self) -> float | None:
+        """Weights / non-zero weights; None where none is left."""
+        return self.total / self.nonzero if self.nonzero else None
+
+    @property
+    def macs_reduction(self) -> float | None:
+        """Dense MACs / MACs that are left; None where none are, or they are not known."""
+        return self.dense_macs / self.macs if self.dense_macs is not None and self.macs else None
+
+
+class Limits(NamedTuple):
+    """A budget in counts: so much may be left at most; None: any number."""
+
+    nonzero: int | None
+    macs: int | None
+
+    def hold(self, left: Counts) -> bool:
+        """Whether something is left, and not too much of it."""
+        if not left.nonzero or (self.nonzero is not None and left.nonzero > self.nonzero):
+            return False
+        return self.macs is None or 0 < (left.macs or 0) <= self.macs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be left of a network; of several limits all hold."""
+
+    compression: Annotated[float, Range(1)] | None = None  # at least so many weights for each that is not 0
+    nonzero: PositiveCount | None = None  # at most so many weights other than 0, of the whole network
+    macs: PositiveCount | None = None  # at most so many MACs, once all that can be cut out is
+    macs_reduction: Annotated[float, Range(1)] | None = None  # dense MACs / those, at least
+
+    @property
+    def given(self) -> dict[str, float]:
+        """The limits that are set, by their key."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {key: value for key, value in values.items() if value is not None}
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it limits anything."""
+        return bool(self.given)
+
+    @property
+    def limits_macs(self) -> bool:
+        """Whether it limits MACs."""
+        return self.macs is not None or self.macs_reduction is not None
+
+    def limits(self, dense: Counts) -> Limits:
+        """The budget in counts, for a network that has `dense.total` weights and `dense.dense_macs` MACs."""
+        nonzeros = [self.nonzero, _most(dense.total, self.compression)]
+        macs = [self.macs, None if dense.dense_macs is None else _most(dense.dense_macs, self.macs_reduction)]
+        return Limits(*(min((n for n in each if n is not None), default=None) for each in (nonzeros, macs)))
+
+    def alone(self) -> "Iterator[tuple[str, Budget]]":
+        """Each limit as a budget of its own, with the words that name it, such as budget.nonzero=5000."""
+        for key, value in self.given.items():
+            yield f"budget.{key}={repr(value).removesuffix('.0')}", Budget(**{key: value})
+
+
+def _most(total: int, ratio: float | None) -> int | None:
+    """The largest n with total / n ≥ ratio, as floats divide; 0 where there is none; None without a ratio."""
+    if ratio is None:
+        return None
+    n = int(total / ratio)
+    while n and total / n < ratio:
+        n -= 1
+    while total / (n + 1) >= ratio:
+        n += 1
+    return n
+
+
+def part(budget: Budget, share: float, start: Counts, *, curve: Literal["linear", "geometric"]) -> Budget:
+    """The budget that lies a share of the way from the counts at the start to the budget's own; itself at 1.
+
+    linear: start + (limit - start) · share are left, geometric: start · (limit / start)^share, to the nearest number,
+    of weights and of MACs alike. A limit that the start keeps already stays as it is.
+    """
+    if share == 1:
+        return budget
+    most = budget.limits(start)
+
+    def between(start: int | None, limit: int | None) -> int | None:
+        if limit is None or start is None or limit >= start:
+            return limit
+        limit = max(limit, 1)
+        left = start + (limit - start) * share if curve == "linear" else start * (limit / start) ** share
+        return max(round(left), limit)
+
+    return Budget(nonzero=between(start.nonzero, most.nonzero), macs=between(start.macs, most.macs))
+
+
+class Left:
+    """Counts what masks leave of the members of a population."""
+
+    def __init__(self, population: Population, graph: Mapping[str, Layer]):
+        self.population, self.graph = population, graph
+        weights = {name for name, layout in population.layouts.items() if layout.kind == "weight"}
+        self.entries = {name: nonzero(population.parameters[name]) for name in population.parameters if name in weights}
+        self.total = sum(entries[0].numel() for entries in self.entries.values())
+
+    @cached_property
+    def dense_macs(self) -> int:
+        """The MACs of the network when nothing is pruned."""
+        return self._report(0, {}).macs["dense"]
+
+    def limits(self, budgets: Sequence[Budget]) -> list[Limits]:
+        """The budgets in counts."""
+        dense_macs = self.dense_macs if any(budget.limits_macs for budget in budgets) else None
+        return [budget.limits(Counts(0, self.total, None, dense_macs)) for budget in budgets]
+
+    def nonzero(self, masks: Tensors) -> Tensor:
+        """The weights other than 0 of each member: int64 [members], on the CPU."""
+        counts = torch.zeros(self.population.num_members, dtype=torch.int64, device=self.population.device)
+        for name, entries in self.entries.items():
+            counts += (entries & masks[name] if name in masks else entries).flatten(1).sum(1)
+        return counts.cpu()
+
+    def macs(self, member: int, masks: Tensors) -> int:
+        """The MACs of one member that are left once all that can be cut out is."""
+        return self._report(member, masks).macs["removable"]
+
+    def counts(self, masks: Tensors, with_macs: Sequence[bool]) -> list[Counts]:
+        """What is left of each member; its MACs where they are asked for."""
+        dense = self.dense_macs if any(with_macs) else None
+        return [
+            Counts(count, self.total, self.macs(member, masks), dense) if asked else Counts(count, self.total)
+            for member, (count, asked) in enumerate(zip(self.nonzero(masks).tolist(), with_macs))
+        ]
+
+    def _report(self, member: int, masks: Tensors) -> Report:
+        parameters = {
+            name: torch.where(masks[name][member], parameter[member], 0) if name in masks else parameter[member]
+            for name, parameter in self.population.parameters.items()
+        }
+        buffers = {name: buffer[member] for name, buffer in self.population.buffers.items()}
+        stds = dict.fromkeys(parameters, 0.0)  # which nobody asks for
+        return account(parameters, self.population.layouts, self.graph, buffers=buffers, stds=stds)
+
+
+def counts(population: Population, graph: Mapping[str, Layer], *, with_macs: bool) -> list[Counts]:
+    """What there is of each member as it stands."""
+    return Left(population, graph).counts({}, [with_macs] * population.num_members)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What came of one member's budget."""
+
+    budget: Budget
+    number: float  # the rule's
+    left: Counts
+    is_met: bool
+    is_idle: bool  # the budget holds at the lowest number already: nothing had to go for it
+    other: Counts | None  # where the rule jumps over the budget, what the neighbouring float leaves: if met too much
+
+    def record(self) -> dict[str, float | int | None]:
+        """The number that was found and what was reached, by the names that results give them."""
+        left = self.left
+        return {
+            "sensitivity": self.number,
+            "nonzero": left.nonzero,
+            "compression": left.compression,
+            "macs": left.macs,
+            "macs_reduction": left.macs_reduction,
+        }
+
+    def words(self) -> str | None:
+        """One line on a budget that is not met, not used up or above what is there; None of one that is met exactly."""
+        if not self.is_met:
+            said = self._not_met()
+        elif self.is_idle:
+            said = [
+                f"{key} is above what is there, {_said(alone, self.left)}: nothing had to go for it"
+                for key, alone in self.budget.alone()
+            ]
+        else:
+            said = self._not_used_up()
+        return "; ".join(said) or None
+
+    def _not_met(self) -> list[str]:
+        if self.other is None and not self._broken(self.left):
+            return [
+                f"{key} is not met: {_said(alone, self.left)} is all there is" for key, alone in self.budget.alone()
+            ]
+        end = "" if self.other is None else ", or nothing at all"
+        return [
+            f"{key} is not met: the rule leaves {_said(alone, self.left)} at the least{end}"
+            for key, alone in self._broken(self.left)
+        ]
+
+    def _not_used_up(self) -> list[str]:
+        broken = [] if self.other is None else self._broken(self.other)
+        if any(_slack(alone, self.left) == 0 for _, alone in broken):
+            return []
+        return [
+            f"{key} is not used up: {_said(alone, self.left)} are left, {_slack(alone, self.left):,} fewer than it "
+            f"allows; one step of the rule less leaves {_said(alone, self.other)}"
+            for key, alone in broken
+        ]
+
+    def _broken(self, left: Counts) -> list[tuple[str, Budget]]:
+        """Those limits that too much is left for."""
+        return [(key, alone) for key, alone in self.budget.alone() if _slack(alone, left) < 0]
+
+
+def _slack(alone: Budget, left: Counts) -> int:
+    """How much less is left than one limit allows."""
+    limits = alone.limits(left)
+    return limits.macs - left.macs if alone.limits_macs else limits.nonzero - left.nonzero
+
+
+def _said(alone: Budget, left: Counts) -> str:
+    """What is left, as one limit counts it."""
+    if alone.limits_macs:
+        count, ratio = f"{left.macs:,} MACs", left.macs_reduction
+        word = None if alone.macs_reduction is None else "reduction"
+    else:
+        count, ratio = f"{left.nonzero:,} non-zero weights", left.compression
+        word = None if alone.compression is None else "compression"
+    return count if word is None or ratio is None else f"{count} ({word} {ratio:.4g})"
+
+
+class Met(NamedTuple):
+    """The rule's number of each member, the masks at it, and what is left."""
+
+    numbers: Tensor  # float32 [members]
+    masks: Tensors
+    reached: list[Reached]
+
+
+def meet(
+    population: Population,
+    masks_of: MasksOf,
+    interval: Range,
+    budgets: Sequence[Budget],
+    graph: Mapping[str, Layer],
+) -> Met:
+    """The smallest number of the rule with which each member keeps its budget, so that the most is left that does.
+
+    masks_of: of a rule that prunes more the larger its number is; parameters that its masks do not name stay.
+    interval: of the number; without an upper end, up to the largest float32. budgets: one a member. graph: `trace`'s.
+    Bisection halves the float32 numbers of the interval about 31 times: at the one that is found the budget holds, at
+    the next smaller one it does not. Where no number keeps it and leaves something, a member is not met, and gets the
+    number that comes nearest. MACs are counted for members with a limit on them alone, above the number that their
+    weights need.
+    """
+    with denormals_kept():
+        left = Left(population, graph)
+        limits = left.limits(budgets)
+        low, high = _ends(interval)
+
+        def masks_at(places: Tensor) -> Tensors:
+            return masks_of(_float_at(places.clamp(low, high)).to(population.device))
+
+        found = _first_that_hold(left, masks_at, limits, low, high)
+        places = found.clamp(max=high)
+        masks, with_macs = masks_at(places), [budget.limits_macs for budget in budgets]
+        here = left.counts(masks, with_macs)
+        before = left.counts(masks_at(found - 1), with_macs)
+        is_met = [limit.hold(each) for limit, each in zip(limits, here)]
+        is_idle = [place == low for place in found.tolist()]
+        returned = [not met and low < place <= high for met, place in zip(is_met, found.tolist())]  # from nothing left
+        if any(returned):
+            places = places - torch.tensor(returned).long()
+            masks = masks_at(places)
+        numbers = _float_at(places)
+    reached = []
+    for member, number in enumerate(numbers.tolist()):
+        count, other = (before, here) if returned[member] else (here, before)
+        jumps = returned[member] or (is_met[member] and not is_idle[member])
+        neighbour = other[member] if jumps else None
+        reached.append(Reached(budgets[member], number, count[member], is_met[member], is_idle[member], neighbour))
+    return Met(numbers.to(population.device), masks, reached)
+
+
+def _first_that_hold(left: Left, masks_at: MasksOf, limits: Sequence[Limits], low: int, high: int) -> Tensor:
+    """The first place from low to high where each member's limits hold, high + 1 where none does: int64 [members]."""
+    lowest, beyond = torch.full((len(limits),), low), torch.full((len(limits),), high + 1)
+
+    def few_weights(places: Tensor, _: Tensor) -> Tensor:
+        most = [left.total if limit.nonzero is None else limit.nonzero for limit in limits]
+        return left.nonzero(masks_at(places)) <= torch.tensor(most)
+
+    def few_macs(places: Tensor, asked: Tensor) -> Tensor:
+        masks = masks_at(places)
+        few = [
+            limit.macs is not None and bool(ask) and left.macs(member, masks) <= limit.macs
+            for member, (limit, ask) in enumerate(zip(limits, asked))
+        ]
+        return torch.tensor(few)
+
+    counted = torch.tensor([limit.nonzero is not None for limit in limits])
+    found = _bisect(few_weights, lowest - 1, torch.where(counted, beyond, lowest))
+    multiplied = torch.tensor([limit.macs is not None for limit in limits])
+    return _bisect(few_macs, found - 1, torch.where(multiplied, beyond, found))
+
+
+def _bisect(holds: Callable[[Tensor, Tensor], Tensor], below: Tensor, above: Tensor) -> Tensor:
+    """The first place after `below` where it holds, which it is taken to do at `above`, of each member.
+
+    holds: places [members] and whether each is still of interest → bool [members].
+    """
+    while (apart := above - below > 1).any():
+        middle = (below + above) // 2
+        found = holds(middle, apart)
+        above, below = torch.where(apart & found, middle, above), torch.where(apart & ~found, middle, below)
+    return above
+
+
+def _ends(interval: Range) -> tuple[int, int]:
+    """The places of the smallest and the largest finite float32 in an interval."""
+    ends = [-LARGEST if interval.low is None else interval.low, LARGEST if interval.high is None else interval.high]
+    bounded = torch.tensor(ends).clamp(-LARGEST, LARGEST)
+    low, high = _place_of(bounded).tolist()
+    return low + (float(bounded[0]) not in interval), high - (float(bounded[1]) not in interval)
+
+
+def _place_of(numbers: Tensor) -> Tensor:
+    """The place of a float32 among all in rising order, 0 at 0: int64."""
+    sizes = numbers.abs().view(torch.int32).long()
+    return torch.where(numbers < 0, -sizes, sizes)
+
+
+def _float_at(places: Tensor) -> Tensor:
+    """The inverse of `_place_of`."""
+    sizes = places.abs().int().view(torch.float32)
+    return torch.where(places < 0, -sizes, sizes)
+
+
+def least_left(
+    population: Population, masks_of: MasksOf, interval: Range, graph: Mapping[str, Layer], *, with_macs: bool
+) -> list[Counts]:
+    """What is left of each member when all goes that the rule may prune, whatever the weights are.
+
+    Of a chain of layers the MACs are those of one channel from end to end through the layers that are pruned: with
+    fewer the outputs do not depend on the images.
+    """
+    top = torch.inf if interval.high is None else interval.high  # ∞ takes a tensor whose entries are equal, too
+    with denormals_kept():
+        masks = masks_of(torch.full((population.num_members,), top, device=population.device))
+        left = Left(population, graph)
+        found = left.counts(masks, [with_macs] * population.num_members)
+        kept = [entries for name, entries in left.entries.items() if name not in masks]
+        if not with_macs or not _is_chain(population, graph) or not all(bool(entries.all()) for entries in kept):
+            return found
+        ones = {name: torch.ones_like(population.parameters[name]) for name in masks}
+        thin = Left(replace(population, parameters=population.parameters | ones), graph)
+        paths = {name: _with_one_path(mask, population.layouts[name]) for name, mask in masks.items()}
+        return [each._replace(macs=max(each.macs, thin.macs(member, paths))) for member, each in enumerate(found)]
+
+
+def _is_chain(population: Population, graph: Mapping[str, Layer]) -> bool:
+    """Whether each layer reads all channels of the one before it, and nothing else."""
+    names = list(graph)
+    in_order = all(graph[name].source == before for name, before in zip(names[1:], names))
+    return in_order and all(population.layouts[name].groups == 1 for name in names)
+
+
+def _with_one_path(mask: Tensor, layout: Layout) -> Tensor:
+    """The mask of a weight, with the connection of its first input and its first output kept; others' as they are."""
+    if layout.kind != "weight":
+        return mask
+    views = torch.stack([to_view(member, layout) for member in mask])
+    views[:, :, 0, 0] = True
+    return torch.stack([from_view(view, layout, tuple(mask.shape[1:])) for view in views])
+
+
+def check_reachable(
+    population: Population,
+    masks_of: MasksOf,
+    interval: Range,
+    budgets: Sequence[Budget],
+    graph: Mapping[str, Layer],
+) -> None:
+    """Refuses a budget that what the rule leaves alone exceeds, before anything trains.
+
+    masks_of: as `meet` takes it, but with the number for all that the rule prunes, layers with a sensitivity of their
+    own too: how much that keeps of weights that are not trained yet is not known.
+    """
+    with_macs = any(budget.limits_macs for budget in budgets)
+    for budget, least in zip(budgets, least_left(population, masks_of, interval, graph, with_macs=with_macs)):
+        for key, alone in budget.alone():
+            remedy = "raise it" if alone.nonzero is not None or alone.macs is not None else "lower it"
+            if 0 in alone.limits(least):
+                raise ConfigError(f"{key} leaves nothing at all of the network: {remedy}")
+            if _slack(alone, least) < 0:
+                less = ", or exclude less by prune.exclude" if least.nonzero else ""
+                raise ConfigError(
+                    f"{key} cannot be met: {_said(alone, least)} are left at the least, when all goes that may: "
+                    f"{remedy}{less}"
+                )
