@@ -103,9 +103,7 @@ def choose(which: Tensor, new: Population, old: Population) -> Population:
         return torch.where(which.view(-1, *[1] * (left.ndim - 1)), left, right)
 
     parts = {
-        name: {key: pick(value, getattr(old, name)[key]) for key, value in getattr(new, name).items()}
-        for name in PARTS
-        if name != "masks"
+        name: {key: pick(value, getattr(old, name)[key]) for key, value in getattr(new, name).items()} for name in PARTS
     }
     return replace(new, **parts)
 

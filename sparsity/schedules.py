@@ -1,4 +1,7 @@
-"""Shapes of the learning rate over a stage: progress in [0, 1] to a factor in [0, 1]."""
+"""How numbers move: the learning rate over a stage, and what rises, such as the share of pruned weights.
+
+Shapes of the learning rate take progress in [0, 1] to a factor in [0, 1], curves take it to the share of the way.
+"""
 
 from math import cos, pi
 
@@ -26,3 +29,21 @@ def learning_rate(progress: float, *, lr: float, shape: str, warmup: float) -> f
     if progress < warmup:
         return lr * progress / warmup
     return lr * SHAPES[shape]((progress - warmup) / (1.0 - warmup))
+
+
+def proportional(progress: float) -> float:
+    """The progress itself."""
+    return progress
+
+
+def cubic(progress: float) -> float:
+    """1 − (1 − progress)³: steep where there is much to prune, flat at the end; Zhu, Gupta, 2017."""
+    return 1.0 - (1.0 - progress) ** 3
+
+
+def geometric(progress: float, *, left: float) -> float:
+    """(1 − leftᵖʳᵒᵍʳᵉˢˢ) / (1 − left): what is left falls from 1 to `left`, in (0, 1), by equal factors."""
+    return (1.0 - left**progress) / (1.0 - left)
+
+
+CURVES = {"constant": constant, "linear": proportional, "cubic": cubic}

@@ -1,4 +1,7 @@
-"""One optimizer step of a population, as three functions of tensors that can be recorded and replayed."""
+"""One optimizer step of a population, as three functions of tensors that can be recorded and replayed.
+
+Masks are state of the step: they are changed in place, so that a step that was recorded reads them anew.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -40,8 +43,11 @@ class Step:
         precision: torch.dtype = torch.float32,
         way: Way = "eager",
     ):
-        """population: its parameters are leaves that record gradients; way: how the step is computed."""
-        self.train, self.device = splits.train, population.device
+        """population: its parameters are leaves that record gradients; way: how the step is computed.
+
+        Only the parameters that the population has masks for can be masked; gradients of others are not multiplied.
+        """
+        self.population, self.train, self.device = population, splits.train, population.device
         self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
         moved = _moved(population, splits, penalty, precision)
         self.optimizer = optimizer(list(moved.values()))
@@ -49,10 +55,15 @@ class Step:
             way = "eager"
         if way != "eager":
             _let_record(self.optimizer, self.device)
+        self.factors = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
+        # what an optimizer that may move an entry whose gradient is 0 has put back
+        self.held: Tensors = {}
+        if not is_elementwise(self.optimizer):
+            self.held = {name: moved[name].detach().clone() for name in population.masks if name in moved}
         functions = [
             _gradients(population, splits, precision, moved),
-            _penalised(population, penalty, moved),
-            _update(self.optimizer, moved, {} if is_elementwise(self.optimizer) else population.masks),
+            _penalised(population, penalty, moved, self.factors),
+            _update(self.optimizer, moved, self.held, population.masks),
         ]
         if self.gathers:
             functions.insert(0, _gathered(self.train))
@@ -68,6 +79,24 @@ class Step:
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Takes the step on one batch."""
         return self.whole(*arguments)[0]
+
+    @torch.no_grad()
+    def mask(self, masks: Tensors) -> None:
+        """Masks some of the population's masked parameters anew, bool [members, *shape] by name; all in place.
+
+        What a mask leaves out becomes 0, and what comes back begins at 0; what the optimizer remembers of either is
+        forgotten.
+        """
+        for name, mask in masks.items():
+            parameter, before = self.population.parameters[name], self.population.masks[name]
+            stays = before & mask
+            before.copy_(mask)
+            self.factors[name].copy_(mask)
+            # of a number p − p is 0, and of what has diverged it is NaN, which is seen when the epoch ends
+            parameter.copy_(torch.where(stays, parameter, parameter - parameter))
+            _forget(self.optimizer, parameter, ~stays)
+            if name in self.held:
+                self.held[name].copy_(parameter)
 
     @property
     def rate(self) -> float:
@@ -133,9 +162,11 @@ def _gradients(population: Population, splits: Splits, precision: torch.dtype, m
     return gradients
 
 
-def _penalised(population: Population, penalty: Penalty | None, moved: Tensors) -> Function:
-    """Losses and gradients to the three rows and what the optimizer gets: decay · penalty added, the masked held."""
-    masks = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
+def _penalised(population: Population, penalty: Penalty | None, moved: Tensors, factors: Tensors) -> Function:
+    """Losses and gradients to the three rows and what the optimizer gets: decay · penalty added, the masked held.
+
+    factors: masks as numbers, for gradients to be multiplied by.
+    """
     penalties_of, touched = _penalties(population, penalty), {}
     if penalty is not None:
         touched = _reached(penalties_of().sum(), moved)
@@ -149,29 +180,41 @@ def _penalised(population: Population, penalty: Penalty | None, moved: Tensors) 
                 own = torch.autograd.grad(weighted.sum(), list(touched.values())) if touched else ()
             found |= {name: found[name] + gradient for name, gradient in zip(touched, own)}
             rows = [losses, penalties.detach(), losses + weighted.detach()]
-        return [torch.stack(rows), *(found[name] * masks[name] if name in masks else found[name] for name in moved)]
+        held = (found[name] * factors[name] if name in factors else found[name] for name in moved)
+        return [torch.stack(rows), *held]
 
     return penalised
 
 
-def _update(optimizer: torch.optim.Optimizer, moved: Tensors, held: Tensors) -> Function:
+def _update(optimizer: torch.optim.Optimizer, moved: Tensors, held: Tensors, masks: Tensors) -> Function:
     """The rows and gradients to the rows alone, the parameters moved.
 
-    held: the masks of an optimizer that may move an entry whose gradient is 0, which is put back.
+    held: what the masked entries of an optimizer that may move them are put back to.
     """
     take = partial(getattr(type(optimizer).step, "__wrapped__", type(optimizer).step), optimizer)  # without a profiler
-    before = {name: moved[name].detach().clone() for name in held if name in moved}
 
     def update(rows: Tensor, *gradients: Tensor) -> list[Tensor]:
         for parameter, gradient in zip(moved.values(), gradients):
             parameter.grad = _laid_like(parameter, gradient)
         take()
         with torch.no_grad():
-            for name, value in before.items():
-                moved[name].copy_(torch.where(held[name], moved[name], value))
+            for name, value in held.items():
+                moved[name].copy_(torch.where(masks[name], moved[name], value))
         return [rows]
 
     return update
+
+
+BEGINS = {"step_size": "lr", "sum": "initial_accumulator_value"}  # what else than 0 a state begins as: Rprop, Adagrad
+
+
+def _forget(optimizer: torch.optim.Optimizer, parameter: Tensor, which: Tensor) -> None:
+    """Sets what an optimizer remembers of some entries of a parameter to what it begins as, in place."""
+    for group in optimizer.param_groups:
+        if any(each is parameter for each in group["params"]):
+            for name, state in optimizer.state.get(parameter, {}).items():
+                if isinstance(state, Tensor) and state.shape == parameter.shape:
+                    state.copy_(torch.where(which, group.get(BEGINS.get(name), 0), state))
 
 
 def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:

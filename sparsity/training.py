@@ -1,8 +1,8 @@
 """The one training loop, and evaluation: a population in, a population and its history out; names no method."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from sparsity.capture import Way
 from sparsity.data import Splits, count_batches
+from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.population import Population, choose
 from sparsity.step import Penalty, Step, cuda_devices, leaves
+from sparsity.tensors import Tensors
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,29 @@ class Loop:
     way: Way = "eager"  # how a step is computed: the same numbers up to rounding
     elementwise: bool = True  # whether the optimizer moves every entry by its own gradients alone
     image_bytes: int = 0  # what evaluating one image of one member takes; 0: no bound
+
+
+@dataclass(frozen=True)
+class Gradual:
+    """Pruning while training: masks that change every so many steps; Zhu, Gupta, 2017.
+
+    They change before the first step, after every `every` steps, and last of all at the end of the span over which
+    they rise, whose share of the way is exactly 1. An entry may come back, and then begins at 0 with no moments; one
+    that an earlier stage masked never does.
+    """
+
+    # the population as it is now, with the masks that training began with, and the share of the way in [0, 1] to masks
+    # bool [members, *shape] by name; a parameter without one is kept whole; changes nothing, takes NaN of the diverged
+    masks: Callable[[Population, float], Tensors]
+    names: Collection[str]  # the parameters that may come to be masked
+    curve: Callable[[float], float]  # progress in [0, 1] of the span to the share in [0, 1] of the way
+    until: float  # where the span ends, as a share in [0, 1] of the training's steps
+    every: int  # steps between changes
+
+    def shares(self, num_steps: int) -> dict[int, float]:
+        """How far masks are after so many steps, wherever they change in a training of num_steps."""
+        span = round(self.until * num_steps)
+        return {step: self.curve(step / span) for step in range(0, span, self.every)} | {span: 1.0}
 
 
 class Epoch(NamedTuple):
@@ -60,7 +85,7 @@ class Trained:
     """What training gives back."""
 
     last: Population  # after the last epoch; of a diverged member the last good state
-    selected: Population  # at the selected epochs; the same as `last` where nothing was selected
+    selected: Population  # at the selected epochs, masks too; the same as `last` where nothing was selected
     selected_epoch: list[int] | None
     diverged: list[int | None]  # the epoch in which a member's loss or weights became NaN or infinite
     history: list[Epoch]
@@ -74,31 +99,93 @@ def train(
     *,
     penalty: Penalty | None = None,
     select: bool = False,
+    gradual: Gradual | None = None,
+    stop: int | None = None,
     watcher: Watcher = Watcher(),
 ) -> Trained:
     """Every member trained by cross-entropy + decay · penalty; entries whose mask is 0 stay as they are.
 
     generators: one a member, for the order of its images. select: measure test accuracy after every epoch too, and
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
-    among them. Training ends early when every member has diverged.
+    among them. gradual: prune on the way; only states whose masks have come all the way are selected. stop: end after
+    so many epochs of the whole schedule. Training ends early when every member has diverged.
     """
-    population = leaves(population)
+    num_batches = count_batches(len(splits.train), loop.batch_size)
+    check_stop(loop, stop)
+    if gradual is not None:
+        check_gradual(loop, num_batches, gradual, stop=stop if select else None)
+    population = leaves(population if gradual is None else _maskable(population, gradual.names))
     step = Step(population, splits, penalty, loop.optimizer, precision=loop.precision, way=loop.way)
+    masking = _Masking(gradual, step, loop.epochs * num_batches)
+    masking.after(0)
     memory = _Memory(population, select and splits.validation is not None)
     at_once = images_at_once(population, loop.batch_size, loop.image_bytes)
     if select:
-        memory.add(_measure(0, population, splits, time.perf_counter(), at_once, test=True), population, watcher)
+        row = _measure(0, population, splits, time.perf_counter(), at_once, test=True)
+        memory.add(row, population, watcher, may_select=masking.is_final)
     # a module that draws random numbers does so from the member's own state
     with torch.random.fork_rng(devices=cuda_devices(population)):
         torch.manual_seed(generators[0].initial_seed())
-        for epoch in range(1, loop.epochs + 1):
+        for epoch in range(1, (loop.epochs if stop is None else stop) + 1):
             start = time.perf_counter()
-            sums = _run_epoch(epoch, population, loop, generators, step, watcher)
+            sums = _run_epoch(epoch, population, loop, generators, step, masking, watcher)
             row = _measure(epoch, population, splits, start, at_once, test=select, sums=sums, lr=step.rate)
-            memory.add(row, population, watcher)
+            memory.add(row, population, watcher, may_select=masking.is_final)
             if memory.all_diverged:
                 break
     return memory.trained()
+
+
+def check_stop(loop: Loop, stop: int | None) -> None:
+    """Refuses an epoch to stop after that is none of the loop's."""
+    if stop is not None and not 1 <= stop <= loop.epochs:
+        raise ConfigError(f"training of {loop.epochs} epochs cannot stop after epoch {stop}: take 1 to {loop.epochs}")
+
+
+def check_gradual(loop: Loop, num_batches: int, gradual: Gradual, *, stop: int | None = None) -> None:
+    """Refuses gradual pruning that no epoch, of num_batches steps, ends late enough to be selected after.
+
+    stop: the epoch that training ends after, in place of the last.
+    """
+    if not 0 <= gradual.until <= 1:
+        raise ConfigError(f"until={gradual.until}: gradual pruning ends at a share of the training in [0, 1]")
+    if gradual.every < 1:
+        raise ConfigError(f"every={gradual.every}: masks change every so many steps, 1 at least")
+    epochs = loop.epochs if stop is None else stop
+    end = max(gradual.shares(loop.epochs * num_batches))
+    if end > epochs * num_batches:
+        raise ConfigError(
+            f"no epoch ends at the final sparsity: with until={gradual.until} and every={gradual.every} masks change "
+            f"until step {end} of {loop.epochs} epochs, and training stops after epoch {epochs}, at step "
+            f"{epochs * num_batches}: lower until, or stop later"
+        )
+
+
+def _maskable(population: Population, names: Collection[str]) -> Population:
+    """The population with a mask for each of the named parameters, of ones where it had none."""
+    ones = {name: torch.ones_like(population.parameters[name], dtype=torch.bool) for name in names}
+    return replace(population, masks=ones | population.masks)
+
+
+class _Masking:
+    """Remembers how far masks have come, and changes them when it is time."""
+
+    def __init__(self, gradual: Gradual | None, step: Step, num_steps: int):
+        self.gradual, self.step = gradual, step
+        self.shares = {} if gradual is None else gradual.shares(num_steps)
+        self.earlier = {} if gradual is None else step.population.clone().masks
+        self.is_final = gradual is None
+
+    def after(self, num_done: int) -> None:
+        """Changes the masks where they are to change after so many steps."""
+        share = self.shares.get(num_done)
+        if share is None:
+            return
+        seen = replace(self.step.population.map(Tensor.detach), masks=self.earlier)
+        found = self.gradual.masks(seen, share)
+        assert found.keys() <= set(self.gradual.names), found.keys() - set(self.gradual.names)
+        self.step.mask({name: self.earlier[name] & found.get(name, True) for name in self.gradual.names})
+        self.is_final = share == 1.0
 
 
 def _run_epoch(
@@ -107,6 +194,7 @@ def _run_epoch(
     loop: Loop,
     generators: list[torch.Generator],
     step: Step,
+    masking: _Masking,
     watcher: Watcher,
 ) -> Tensor:
     """One pass over train, every member in an order of its own; mean loss, penalty and objective [3, members]."""
@@ -118,6 +206,7 @@ def _run_epoch(
     for index, batch in enumerate(step.batches(order, loop.batch_size)):
         step.rate = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)
         sums += step(*batch) * batch[-1].shape[1]
+        masking.after((epoch - 1) * num_batches + index + 1)
         watcher.batch()
     return sums / num_images
 
@@ -158,12 +247,13 @@ class _Memory:
         """Whether no member is left."""
         return None not in self.diverged
 
-    def add(self, row: Epoch, population: Population, watcher: Watcher) -> None:
+    def add(self, row: Epoch, population: Population, watcher: Watcher, *, may_select: bool) -> None:
         """Takes note of an epoch and of the state after it."""
         self._note_divergence(row, population)
         alive = torch.tensor([epoch is None for epoch in self.diverged])
         self.last = choose(alive.to(population.device), population.map(Tensor.detach), self.last)  # a copy
-        self._note_best(row, alive)
+        if self.select and may_select:
+            self._note_best(row, alive)
         self.history.append(row)
         watcher.epoch(row)
 
@@ -178,8 +268,6 @@ class _Memory:
                 self.diverged[member] = row.epoch
 
     def _note_best(self, row: Epoch, alive: Tensor) -> None:
-        if not self.select:
-            return
         validation = torch.tensor(row.validation)
         better = alive & (validation > self.best)
         self.best = torch.where(better, validation, self.best)
