@@ -84,6 +84,30 @@ def test_masks_are_those_of_the_curve(num_members):
     assert population.masks == {} and (population.parameters[WEIGHT] != 0).all()
 
 
+def test_gradual_pruning_is_what_a_plain_loop_computes():
+    population, data, masks = linear(), splits(), Recording(moving)
+    plan = gradual(masks, curve="linear", until=0.75, every=2)
+    trained = train(population, data, loop(), generators(3), gradual=plan).last
+    module = torch.nn.Linear(36, 2)
+    module.load_state_dict({"weight": population.parameters[WEIGHT][0], "bias": population.parameters["1.bias"][0]})
+    optimizer, generator = torch.optim.Adam(module.parameters(), lr=1e-2), generators(3)[0]
+    found = {step: mask[WEIGHT][0] for step, (_, _, mask) in zip((0, 2, 4, 6), masks.seen, strict=True)}
+    before = mask = torch.ones(2, 36)
+    batches = [index for _ in range(2) for index in torch.randperm(64, generator=generator).split(16)]
+    for step, index in enumerate(batches):
+        if step in found:
+            before, mask = mask, found[step].float()
+            state = optimizer.state[module.weight]
+            for tensor in (module.weight.data, *(state[key] for key in ("exp_avg", "exp_avg_sq") if state)):
+                tensor.mul_(mask * before)
+        optimizer.zero_grad()
+        outputs = module(data.train.images[index].flatten(1).float() / 255)
+        torch.nn.functional.cross_entropy(outputs, data.train.labels[index]).backward()
+        module.weight.grad.mul_(mask)
+        optimizer.step()
+    torch.testing.assert_close(trained.parameters[WEIGHT][0], module.weight.detach())
+
+
 OPTIMIZERS = {
     "adam": partial(torch.optim.Adam, amsgrad=True),
     "adam_decay": partial(torch.optim.Adam, weight_decay=0.1),
