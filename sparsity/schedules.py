@@ -41,9 +41,4 @@ def cubic(progress: float) -> float:
     return 1.0 - (1.0 - progress) ** 3
 
 
-def geometric(progress: float, *, left: float) -> float:
-    """(1 − leftᵖʳᵒᵍʳᵉˢˢ) / (1 − left): what is left falls from 1 to `left`, in (0, 1), by equal factors."""
-    return (1.0 - left**progress) / (1.0 - left)
-
-
 CURVES = {"constant": constant, "linear": proportional, "cubic": cubic}

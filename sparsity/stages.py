@@ -1,9 +1,8 @@
 """The stages: pretrain → regularize → prune → finetune. Each maps a population to a population."""
 
-import contextlib
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from sparsity.errors import ConfigError
 from sparsity.graph import Facts, Units
 from sparsity.population import Population, over_members
 from sparsity.step import Penalty
-from sparsity.tensors import Layout, Tensors, bias_of, from_view, nonzero, to_view
+from sparsity.tensors import Layout, Tensors, bias_of, denormals_kept, from_view, nonzero, to_view
 from sparsity.training import Loop, Trained, Watcher, train
 
 
@@ -93,23 +92,8 @@ def regularize(population: Population, parts: Ingredients) -> Trained:
 
 def prune(population: Population, parts: Ingredients) -> Pruned:
     """The rule's masks, and zeros where they are 0."""
-    with _denormals_kept():
+    with denormals_kept():
         return _pruned(population, parts.rule, parts.units)
-
-
-@contextlib.contextmanager
-def _denormals_kept() -> Iterator[None]:
-    """Comparisons that tell denormals from zeros: not flushed, which is each thread's own setting, in one thread."""
-    threads = torch.get_num_threads()
-    smallest = torch.ones((), dtype=torch.int32).view(torch.float32)
-    flushed = not bool(smallest != 0)
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_flush_denormal(flushed)
 
 
 def _pruned(population: Population, rule: Rule, units: Units | None) -> Pruned:

@@ -173,7 +173,7 @@ class _Masking:
     def __init__(self, gradual: Gradual | None, step: Step, num_steps: int):
         self.gradual, self.step = gradual, step
         self.shares = {} if gradual is None else gradual.shares(num_steps)
-        self.earlier = {} if gradual is None else step.population.clone().masks
+        self.earlier = {} if gradual is None else {name: mask.clone() for name, mask in step.population.masks.items()}
         self.is_final = gradual is None
 
     def after(self, num_done: int) -> None:

@@ -12,7 +12,7 @@ from sparsity import capture, training
 from sparsity.errors import ConfigError
 from sparsity.models import build
 from sparsity.population import stack
-from sparsity.schedules import CURVES, geometric
+from sparsity.schedules import CURVES
 from sparsity.step import Penalty, Step, leaves
 from sparsity.training import Gradual, check_gradual, train
 
@@ -57,11 +57,6 @@ def test_curves_rise_to_exactly_one(name):
     values = [CURVES[name](step / 8) for step in range(9)]
     assert values == sorted(values) and values[-1] == 1 and values[0] == (name == "constant")
     assert CURVES[name](0.5) == {"constant": 1, "linear": 0.5, "cubic": 0.875}[name]
-
-
-def test_geometric_curve_leaves_equal_factors():
-    left = [1 - geometric(step / 4, left=0.0625) * (1 - 0.0625) for step in range(5)]
-    assert left == pytest.approx([1, 0.5, 0.25, 0.125, 0.0625])
 
 
 def test_masks_change_from_step_0_and_last_at_the_end_of_the_span():
