@@ -42,7 +42,7 @@ def run(composed: DictConfig) -> tuple[float, ...]:
         if not any(getattr(handler, "stream", None) is sys.stderr for handler in logging.getLogger().handlers):
             print(error, file=sys.stderr)  # hydra/job_logging=disabled, none, stdout
         if HydraConfig.get().mode is RunMode.MULTIRUN:
-            raise  # a sweep goes on with its other members
+            raise  # a failed member does not stop the others of a sweep
         raise SystemExit(USER_MISTAKE) from error
 
 

@@ -1,6 +1,6 @@
 """Runs the benchmarks and prints their table: `make bench`, or `python -m benchmarks --data-root FOLDER`.
 
-Everything is measured in turns within one run, after a turn to warm up; the table has medians, the JSON each round.
+Measurements are interleaved within one run, after one to warm up; the table has medians, the JSON each round.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def options() -> argparse.Namespace:
 
 
 def _some(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
-    """Names apart by commas, each one of those known."""
+    """Comma-separated names, each one of those known."""
 
     def names(text: str) -> tuple[str, ...]:
         unknown = [name for name in text.split(",") if name not in known]

@@ -18,7 +18,7 @@ TARGETS = {("lenet300", "hs"): 6, ("lenet5", "hs"): 5, ("lenet5", "group_hs"): 5
 
 
 def measure(setting: Setting, report: Report, rates: Rates) -> None:
-    """An epoch of each network and regularizer, by every way in both precisions, in turns with the plain loop."""
+    """An epoch of each network and regularizer, by every way in both precisions, interleaved with the plain loop."""
     report.heading("an epoch on the CPU; ratio: plain loop / ours")
     cases = FEW_CASES if setting.quick else CASES
     for network, reg in cases:

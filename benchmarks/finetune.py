@@ -12,6 +12,8 @@ from benchmarks.report import Figure, Report, Target
 from benchmarks.subjects import (
     BATCH_SIZE,
     FULL_EPOCH,
+    PRECISIONS,
+    WITHOUT_END,
     Setting,
     Told,
     default,
@@ -25,18 +27,19 @@ from benchmarks.turns import Contender, Tell, Turns
 from sparsity import pruning, stages
 from sparsity.accounting import live_inputs, live_outputs
 from sparsity.capture import Way
-from sparsity.experiment.parts import machine
+from sparsity.experiment.machine import machine
+from sparsity.graph import trace
+from sparsity.nodes import Call, Rule, StageSchedule
 from sparsity.population import Population
-from sparsity.step import Penalty
 from sparsity.tensors import to_view
-from sparsity.training import Loop, Watcher
+from sparsity.training import Watcher, train
 
 PART = "finetune"
 WAYS = ("recorded", "compiled")
 REGS = {"lenet300": "hs", "lenet5": "group_hs"}
 TARGETS = {"lenet300": 3}
 SHARE_LEFT = 0.02  # of the weights
-BEFORE = {"pretrain": (10, 2e-3), "regularize": (20, 4e-3)}  # epochs and learning rate, as schedule=fast has them
+BEFORE = {"dense": (10, 2e-3), "penalized": (20, 4e-3)}  # epochs and learning rate, as schedule=fast has them
 DECAYS = {"hs": 1e-4, "group_hs": 2e-3}  # of the regularizers' YAMLs
 
 
@@ -97,9 +100,11 @@ def prepare(tell: Tell, setting: Setting, network: str, reg: str, file: str) -> 
     loops = {stage: loop("recorded", precision, epochs, lr, "cosine") for stage, (epochs, lr) in lengths.items()}
     with machine(None):
         members = population(network)
-        parts = _ingredients(setting, members, loops, Watcher(), penalty(reg, members, DECAYS[reg]))
-        trained = stages.regularize(stages.pretrain(members, parts).last, parts)
-        pruned = stages.prune(trained.last, parts).population
+        data, generators = splits(setting, validated=True), [torch.Generator().manual_seed(0)]
+        dense = train(members, data, loops["dense"], generators).last
+        trained = train(dense, data, loops["penalized"], generators, penalty=penalty(reg, members, DECAYS[reg]))
+        context = _context(setting, trained.last)
+        pruned = stages.prune(trained.last, context, rule=[RULE], sensitivity=[1 - SHARE_LEFT]).population
     torch.save({"parameters": pruned.parameters, "masks": pruned.masks}, file)
     (accuracy,) = trained.history[-1].validation
     tell(seconds=0.0, accuracy_before_pruning=accuracy, **_left(pruned))
@@ -130,24 +135,38 @@ def _left(members: Population) -> dict[str, Any]:
 
 
 def train_dense(tell: Tell, setting: Setting, network: str, way: Way, precision: str) -> None:
-    """Tells the seconds of epoch after epoch of pretraining."""
+    """Tells the seconds of epoch after epoch of dense training."""
     with machine(None):
         members = population(network)
-        stages.pretrain(members, _ingredients(setting, members, {"pretrain": loop(way, precision)}, Told(tell)))
+        context = _context(setting, members, way=way, precision=precision, watcher=Told(tell))
+        stages.train(members, context, schedule=SCHEDULE, batch_size=BATCH_SIZE, optimizer=ADAM)
 
 
 def finetune(tell: Tell, setting: Setting, network: str, way: Way, precision: str, file: str) -> None:
     """Tells the seconds of epoch after epoch of finetuning the network of a file, as the stage does it."""
     with machine(None):
         pruned = replace(population(network), **torch.load(file))
-        stages.finetune(pruned, _ingredients(setting, pruned, {"finetune": loop(way, precision)}, Told(tell)))
+        context = _context(setting, pruned, way=way, precision=precision, watcher=Told(tell))
+        how = {"schedule": SCHEDULE, "batch_size": BATCH_SIZE, "optimizer": ADAM}
+        stages.train(pruned, context, **how, hold="zeros", select=True)
 
 
-def _ingredients(
-    setting: Setting, members: Population, loops: dict[str, Loop], watcher: Watcher, penalty: Penalty | None = None
-) -> stages.Ingredients:
-    """What the stages need, with the percentile rule."""
-    weights = [name for name, layout in members.layouts.items() if layout.kind == "weight"]
-    pools = [(weights, torch.tensor([1 - SHARE_LEFT]))]
-    rule = stages.Rule(stages.Method(pruning.percentile), cut=None, whole=True, structural=False, pools=pools)
-    return stages.Ingredients(splits(setting, validated=True), loops, penalty, rule, [0], lambda stage: watcher)
+ADAM = Call("optimizer", "torch.optim.Adam", torch.optim.Adam, {"fused": True})
+SCHEDULE = StageSchedule(epochs=WITHOUT_END, lr=1e-3, shape="constant", warmup=0.0, weight_decay=0.0)
+PERCENTILE = Call("prune.rule", "sparsity.pruning.percentile", pruning.percentile, {})
+RULE = Rule(PERCENTILE, cut=None, apply_to=["weight"], scope="network", structural=False, layers={}, exclude=[])
+
+
+def _context(
+    setting: Setting, members: Population, way: Way = "eager", precision: str = "float32", watcher: Watcher = Watcher()
+) -> stages.Context:
+    """What stages are given: the data, the network's graph, and how steps are computed."""
+    data = splits(setting, validated=True)
+    return stages.Context(
+        splits=data,
+        seeds=[0],
+        graph=trace(members.module, data.example()),
+        precision=PRECISIONS[precision],
+        step=way,
+        watch=lambda stage, loop, num_images: watcher,
+    )

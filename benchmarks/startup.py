@@ -17,7 +17,7 @@ MOST_SECONDS = 2  # to the first training step, beyond importing torch
 
 
 def measure(setting: Setting, report: Report, rates: Rates) -> None:
-    """The seconds of each command, in turns; of the run, until its first training step is done."""
+    """The seconds of each command, interleaved; of the run, until its first training step is done."""
     report.heading("start-up")
     with tempfile.TemporaryDirectory() as folder:
         commands = _commands(setting, folder)

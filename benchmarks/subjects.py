@@ -9,10 +9,13 @@ import torch
 from benchmarks.turns import Tell
 from sparsity import config, data, models, regularizers
 from sparsity.capture import Way
-from sparsity.experiment.parts import machine, precision_of, way_of
+from sparsity.experiment.machine import machine
+from sparsity.experiment.plan import planned
+from sparsity.experiment.precision import precision_of
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
-from sparsity.stages import total_penalty
+from sparsity.stages import Context
+from sparsity.stages.training import total_penalty, way_of
 from sparsity.step import Penalty
 from sparsity.training import Epoch, Loop, Watcher, train
 
@@ -103,9 +106,11 @@ def loop(way: Way, precision: str, epochs: int = WITHOUT_END, lr: float = 1e-3, 
 def default(network: str, num_steps: int = LONG_STAGE, device: str = "cpu", *, reg: str = "hs") -> tuple[Way, str]:
     """What `step=auto precision=auto` take for a stage of so many steps, regularizing unless reg is none."""
     run = config.read(config.compose([f"model={network}", f"reg={reg}"])[0])
-    members = population(network, device=device)
-    stage = "pretrain" if reg == "none" else "regularize"
-    return way_of(run, stage, members, num_steps), precision_of(run, members.device)
+    members, model = population(network, device=device), run.model.factory.target
+    stage = next(each for each in planned([run]) if (each.regularizers is None) == (reg == "none"))
+    context = Context(splits=None, seeds=[0], graph=None, step="auto", model=model)
+    targets = [model, run.optimizer.target]
+    return way_of(context, members, num_steps, targets, bool(stage.regularizers)), precision_of(run, members.device)
 
 
 class Told(Watcher):

@@ -1,4 +1,4 @@
-"""Contenders measured in turns, each in a process of its own that waits while the others have theirs.
+"""Contenders measured by interleaving, each in a process of its own that waits while the others have theirs.
 
 A process of its own, because what one sets must not reach another: whether denormals are flushed, which holds for the
 threads that a process starts afterwards, the threads themselves, and memory.

@@ -1,9 +1,9 @@
-"""Budgets: how much of a network is to be left, and the number of a pruning rule that leaves just that."""
+"""The number of a pruning rule that leaves just what a budget allows, found by bisection; nothing is trained."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Annotated, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,113 +11,13 @@ from torch import Tensor
 from sparsity.accounting import Report, account
 from sparsity.errors import ConfigError
 from sparsity.graph import Layer
-from sparsity.kinds import PositiveCount, Range
+from sparsity.kinds import Range
+from sparsity.limits import Budget, Counts, Limits
 from sparsity.population import Population
 from sparsity.tensors import Layout, Tensors, denormals_kept, from_view, nonzero, to_view
 
 MasksOf = Callable[[Tensor], Tensors]  # the rule's number of each member [members] → masks bool [members, *shape]
 LARGEST = torch.finfo(torch.float32).max
-
-
-class Counts(NamedTuple):
-    """What is left of one member."""
-
-    nonzero: int  # weights other than 0, of the whole network
-    total: int  # weights
-    macs: int | None = None  # left once all that can be cut out is; None where no budget asks for them
-    dense_macs: int | None = None
-
-    @property
-    def compression(self) -> float | None:
-        """Weights / non-zero weights; None where none is left."""
-        return self.total / self.nonzero if self.nonzero else None
-
-    @property
-    def macs_reduction(self) -> float | None:
-        """Dense MACs / MACs that are left; None where none are, or they are not known."""
-        return self.dense_macs / self.macs if self.dense_macs is not None and self.macs else None
-
-
-class Limits(NamedTuple):
-    """A budget in counts: so much may be left at most; None: any number."""
-
-    nonzero: int | None
-    macs: int | None
-
-    def hold(self, left: Counts) -> bool:
-        """Whether something is left, and not too much of it."""
-        if not left.nonzero or (self.nonzero is not None and left.nonzero > self.nonzero):
-            return False
-        return self.macs is None or 0 < (left.macs or 0) <= self.macs
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What may be left of a network; of several limits all hold."""
-
-    compression: Annotated[float, Range(1)] | None = None  # at least so many weights for each that is not 0
-    nonzero: PositiveCount | None = None  # at most so many weights other than 0, of the whole network
-    macs: PositiveCount | None = None  # at most so many MACs, once all that can be cut out is
-    macs_reduction: Annotated[float, Range(1)] | None = None  # dense MACs / those, at least
-
-    @property
-    def given(self) -> dict[str, float]:
-        """The limits that are set, by their key."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {key: value for key, value in values.items() if value is not None}
-
-    @property
-    def is_set(self) -> bool:
-        """Whether it limits anything."""
-        return bool(self.given)
-
-    @property
-    def limits_macs(self) -> bool:
-        """Whether it limits MACs."""
-        return self.macs is not None or self.macs_reduction is not None
-
-    def limits(self, dense: Counts) -> Limits:
-        """The budget in counts, for a network that has `dense.total` weights and `dense.dense_macs` MACs."""
-        nonzeros = [self.nonzero, _most(dense.total, self.compression)]
-        macs = [self.macs, None if dense.dense_macs is None else _most(dense.dense_macs, self.macs_reduction)]
-        return Limits(*(min((n for n in each if n is not None), default=None) for each in (nonzeros, macs)))
-
-    def alone(self) -> "Iterator[tuple[str, Budget]]":
-        """Each limit as a budget of its own, with the words that name it, such as budget.nonzero=5000."""
-        for key, value in self.given.items():
-            yield f"budget.{key}={repr(value).removesuffix('.0')}", Budget(**{key: value})
-
-
-def _most(total: int, ratio: float | None) -> int | None:
-    """The largest n with total / n ≥ ratio, as floats divide; 0 where there is none; None without a ratio."""
-    if ratio is None:
-        return None
-    n = int(total / ratio)
-    while n and total / n < ratio:
-        n -= 1
-    while total / (n + 1) >= ratio:
-        n += 1
-    return n
-
-
-def part(budget: Budget, share: float, start: Counts, *, curve: Literal["linear", "geometric"]) -> Budget:
-    """The budget that lies a share of the way from the counts at the start to the budget's own; itself at 1.
-
-    linear: start + (limit - start) · share are left, geometric: start · (limit / start)^share, to the nearest number,
-    of weights and of MACs alike. A limit that the start keeps already stays as it is.
-    """
-    if share == 1:
-        return budget
-    most = budget.limits(start)
-
-    def between(start: int | None, limit: int | None) -> int | None:
-        if limit is None or start is None or limit >= start:
-            return limit
-        limit = max(limit, 1)
-        left = start + (limit - start) * share if curve == "linear" else start * (limit / start) ** share
-        return max(round(left), limit)
-
-    return Budget(nonzero=between(start.nonzero, most.nonzero), macs=between(start.macs, most.macs))
 
 
 class Left:
@@ -185,10 +85,9 @@ class Reached:
     other: Counts | None  # where the rule jumps over the budget, what the neighbouring float leaves: if met too much
 
     def record(self) -> dict[str, float | int | None]:
-        """The number that was found and what was reached, by the names that results give them."""
+        """What was reached, by the names that results give it."""
         left = self.left
         return {
-            "sensitivity": self.number,
             "nonzero": left.nonzero,
             "compression": left.compression,
             "macs": left.macs,
@@ -265,6 +164,8 @@ def meet(
     interval: Range,
     budgets: Sequence[Budget],
     graph: Mapping[str, Layer],
+    *,
+    unused: float = 0.0,
 ) -> Met:
     """The smallest number of the rule with which each member keeps its budget, so that the most is left that does.
 
@@ -273,7 +174,7 @@ def meet(
     Bisection halves the float32 numbers of the interval about 31 times: at the one that is found the budget holds, at
     the next smaller one it does not. Where no number keeps it and leaves something, a member is not met, and gets the
     number that comes nearest. MACs are counted for members with a limit on them alone, above the number that their
-    weights need.
+    weights need. unused: the share of a limit that may be left unused, where the search may then end early.
     """
     with denormals_kept():
         left = Left(population, graph)
@@ -283,7 +184,7 @@ def meet(
         def masks_at(places: Tensor) -> Tensors:
             return masks_of(_float_at(places.clamp(low, high)).to(population.device))
 
-        found = _first_that_hold(left, masks_at, limits, low, high)
+        found = _first_that_hold(left, masks_at, limits, low, high, unused)
         places = found.clamp(max=high)
         masks, with_macs = masks_at(places), [budget.limits_macs for budget in budgets]
         here = left.counts(masks, with_macs)
@@ -304,37 +205,39 @@ def meet(
     return Met(numbers.to(population.device), masks, reached)
 
 
-def _first_that_hold(left: Left, masks_at: MasksOf, limits: Sequence[Limits], low: int, high: int) -> Tensor:
+def _first_that_hold(
+    left: Left, masks_at: MasksOf, limits: Sequence[Limits], low: int, high: int, unused: float
+) -> Tensor:
     """The first place from low to high where each member's limits hold, high + 1 where none does: int64 [members]."""
     lowest, beyond = torch.full((len(limits),), low), torch.full((len(limits),), high + 1)
+    most = torch.tensor([[left.total if n is None else n for n in limit] for limit in limits]).T  # of weights, of MACs
+    enough = (most * unused).long() if unused else torch.full_like(most, -1)
 
-    def few_weights(places: Tensor, _: Tensor) -> Tensor:
-        most = [left.total if limit.nonzero is None else limit.nonzero for limit in limits]
-        return left.nonzero(masks_at(places)) <= torch.tensor(most)
+    def weights(places: Tensor, _: Tensor) -> Tensor:
+        return most[0] - left.nonzero(masks_at(places))
 
-    def few_macs(places: Tensor, asked: Tensor) -> Tensor:
+    def macs(places: Tensor, asked: Tensor) -> Tensor:
         masks = masks_at(places)
-        few = [
-            limit.macs is not None and bool(ask) and left.macs(member, masks) <= limit.macs
-            for member, (limit, ask) in enumerate(zip(limits, asked))
-        ]
-        return torch.tensor(few)
+        counted = [left.macs(member, masks) if ask else 0 for member, ask in enumerate(asked)]
+        return most[1] - torch.tensor(counted)
 
-    counted = torch.tensor([limit.nonzero is not None for limit in limits])
-    found = _bisect(few_weights, lowest - 1, torch.where(counted, beyond, lowest))
-    multiplied = torch.tensor([limit.macs is not None for limit in limits])
-    return _bisect(few_macs, found - 1, torch.where(multiplied, beyond, found))
+    limited = torch.tensor([[n is not None for n in limit] for limit in limits]).T
+    found = _bisect(weights, lowest - 1, torch.where(limited[0], beyond, lowest), enough[0])
+    return _bisect(macs, found - 1, torch.where(limited[1], beyond, found), enough[1])
 
 
-def _bisect(holds: Callable[[Tensor, Tensor], Tensor], below: Tensor, above: Tensor) -> Tensor:
-    """The first place after `below` where it holds, which it is taken to do at `above`, of each member.
+def _bisect(unused: Callable[[Tensor, Tensor], Tensor], below: Tensor, above: Tensor, enough: Tensor) -> Tensor:
+    """The first place after `below` where nothing is lacking, which is taken to be so at `above`, of each member.
 
-    holds: places [members] and whether each is still of interest → bool [members].
+    unused: places [members] and whether each is still of interest → what is left of the limit there, negative where it
+    does not hold: int64 [members]. enough: of that, so much at most ends the search early; negative: it never ends so.
     """
     while (apart := above - below > 1).any():
         middle = (below + above) // 2
-        found = holds(middle, apart)
-        above, below = torch.where(apart & found, middle, above), torch.where(apart & ~found, middle, below)
+        spare = unused(middle, apart)
+        holds = apart & (spare >= 0)
+        above = torch.where(holds, middle, above)
+        below = torch.where(holds & (spare <= enough), middle - 1, torch.where(apart & ~holds, middle, below))
     return above
 
 

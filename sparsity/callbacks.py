@@ -32,7 +32,6 @@ log = logging.getLogger("sparsity")
 FORMAT = 1  # of sweep.json
 RESULT, FAILURE = "result.json", "failure.json"  # say that a member has ended
 NAME = "{name}"  # in hydra.sweep.dir
-METHODS = ("model", "data", "reg", "prune")  # the groups that say what a run is
 IN_PROCESS = ("basic", "population")  # launchers whose members run in this process
 OF_A_CLUSTER = ("submitit_slurm",)  # whose jobs are not its children
 SECONDS_BETWEEN_LOOKS = 0.5  # at the folder, where the members run in other processes; more where a look takes long
@@ -69,6 +68,7 @@ class Sweep(Callback):
     @_refusing
     def on_run_start(self, config: DictConfig, **rest: Any) -> None:
         """Refuses a folder that cannot be made, before Hydra makes it."""
+        _check_yamls(config)
         folder = schema.at_home(config.hydra.run.dir)
         _make("hydra.run.dir", folder)
         with read_write(config.hydra):
@@ -77,6 +77,7 @@ class Sweep(Callback):
     @_refusing
     def on_multirun_start(self, config: DictConfig, **rest: Any) -> None:
         """Names the sweep's folder and writes down what is swept; refuses what no member could run with."""
+        _check_yamls(config)
         schema.check_sweep(config)
         if config.hydra.runtime.choices["hydra/sweeper"] == "basic" and GlobalHydra.instance().is_initialized():
             schema.check_grid(config, GlobalHydra.instance().config_loader())
@@ -139,11 +140,26 @@ class Sweep(Callback):
             log.error(f"the summary of {self.progress.folder} could not be written: {reason(error)}")
 
 
+def _check_yamls(config: DictConfig) -> None:
+    if GlobalHydra.instance().is_initialized():
+        schema.check_yamls(GlobalHydra.instance().config_loader(), config)
+
+
 def _announce(config: DictConfig) -> None:
     """One line on stdout that names what a run is made of, and its folder."""
     listed = OmegaConf.select(config, "stages")
-    stages = " → ".join(map(str, listed)) if isinstance(listed, ListConfig) else ""
+    stages = _arrows(listed) if isinstance(listed, ListConfig) else ""
     _say(config, (), [stages] if stages else [], Path(config.hydra.runtime.output_dir))
+
+
+def _arrows(listed: ListConfig) -> str:
+    """The stages in order, repeated ones in brackets."""
+    return " → ".join(
+        f"{entry.get('repeat')} × ({_arrows(entry.get('stages') or [])})"
+        if isinstance(entry, DictConfig)
+        else str(entry)
+        for entry in listed
+    )
 
 
 def _announce_sweep(config: DictConfig, folder: Path, described: Mapping[str, Any]) -> None:
@@ -158,7 +174,7 @@ def _say(config: DictConfig, swept: Collection[str], parts: Sequence[str], folde
     from sparsity.tables import say_parts
 
     chosen = config.hydra.runtime.choices
-    methods = " ".join(f"{group}={chosen.get(group)}" for group in METHODS if group not in swept)
+    methods = " ".join(f"{group}={chosen.get(group)}" for group in schema.METHODS if group not in swept)
     say_parts([part for part in (methods, *parts, f"files in {near(folder)}") if part])
 
 
@@ -243,17 +259,17 @@ class Progress:
 
     def _front(self) -> list[str]:
         """The front so far: how many points, and its most accurate and its smallest network."""
-        from sparsity.results import sweeps, table
+        from sparsity.results import summaries, table
         from sparsity.results.points import VALIDATION
 
-        summary = sweeps.read([self.folder])
-        known = [point for point in summary.front if point.estimate(VALIDATION).mean is not None]
+        found = summaries.read([self.folder])
+        known = [point for point in found.front if point.estimate(VALIDATION).mean is not None]
         if not known:
             return []
         best = max(known, key=lambda point: point.mean(VALIDATION))
         small = max(known, key=lambda point: point.mean("compression.weights"))
         ends = [f"{table.accuracy(each, VALIDATION)} at {table.times(each)}" for each in (best, small)]
-        return [f"front of {len(summary.front)}, validation {' to '.join(dict.fromkeys(ends))}"]
+        return [f"front of {len(found.front)}, validation {' to '.join(dict.fromkeys(ends))}"]
 
     def _left(self, done: int) -> list[str]:
         if not self.total or not done or self.said >= self.total:

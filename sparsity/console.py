@@ -13,9 +13,10 @@ from rich.table import Column as GridColumn
 
 from sparsity import tables
 from sparsity.accounting import Report, Row
+from sparsity.data import count_batches
 from sparsity.streams import shown
 from sparsity.tables import Column
-from sparsity.training import Epoch, Watcher
+from sparsity.training import Epoch, Loop, Watcher
 
 log = logging.getLogger("sparsity")
 SECONDS_BETWEEN_LINES = 10.0  # of the plain lines that stand for a bar where the output is no terminal
@@ -36,6 +37,12 @@ def waiting(text: str) -> Iterator[None]:
     finally:
         if is_terminal:
             print(end="\r\033[K", file=sys.stderr, flush=True)
+
+
+def watch(stage: str, loop: Loop, num_images: int) -> "StageProgress":
+    """What shows a stage that trains by a loop on so many images."""
+    num_batches = count_batches(num_images, loop.batch_size)
+    return StageProgress(stage, loop.epochs, num_batches, compiles=loop.way == "compiled")
 
 
 class StageProgress(Watcher):

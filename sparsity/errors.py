@@ -53,4 +53,4 @@ class DivergedError(SparsityError):
 
 
 class StageError(SparsityError):
-    """A stage that failed on its way: a module, a method or an optimizer of the user's own, or memory."""
+    """A stage that failed on its way: a custom module, method or optimizer, or memory."""

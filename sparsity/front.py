@@ -1,9 +1,58 @@
 """Objectives of a search, and which way each is better; what no other dominates, and how much a front dominates."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-OBJECTIVES = {"accuracy": "maximize", "compression": "maximize", "macs": "minimize", "nonzero": "minimize"}
+
+class Size(NamedTuple):
+    """What more there is to say of an objective that tells how small a network is."""
+
+    left: str  # the keys in a result of what is left, and of what the dense network has
+    dense: str
+    unit: str  # what these count
+    label: str  # of the axis in pictures
+    published: str  # the column of published results
+
+
+class Objective(NamedTuple):
+    """A number that a search makes large or small."""
+
+    key: str  # in a result
+    direction: Literal["maximize", "minimize"]
+    size: Size | None = None
+
+
+OBJECTIVES = {
+    "accuracy": Objective("accuracy.final.validation", "maximize"),
+    "compression": Objective(
+        "compression.weights",
+        "maximize",
+        Size(
+            "nonzero.weights",
+            "total.weights",
+            "weights",
+            "compression of the weights (×), more is better →",
+            "compression",
+        ),
+    ),
+    "macs": Objective(
+        "macs.removable",
+        "minimize",
+        Size(
+            "macs.removable",
+            "macs.dense",
+            "MACs",
+            "MACs of one image once dead units are removed, ← fewer is better",
+            "macs",
+        ),
+    ),
+    "nonzero": Objective(
+        "nonzero.weights",
+        "minimize",
+        Size("nonzero.weights", "total.weights", "weights", "non-zero weights, ← fewer is better", "nonzero_weights"),
+    ),
+}
+SIZES = {name: objective.size for name, objective in OBJECTIVES.items() if objective.size is not None}
 
 
 def non_dominated(points: Sequence[Sequence[float | None]], directions: Sequence[str]) -> list[bool]:

@@ -162,7 +162,7 @@ class LocalLauncher(Launcher):
                 raise
 
     def _launch_one(self, overrides: Sequence[str], number: int) -> JobReturn:
-        """The return of one job; a process that ends without one has failed, and takes no other down."""
+        """The return of one job; a process that ends without one has failed, and does not stop others."""
         try:
             return self.submitit.launch([overrides], number)[0]
         except Exception as error:  # submitit's of several kinds

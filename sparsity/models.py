@@ -122,7 +122,7 @@ def check_fits(module: nn.Module, images: Tensor, num_classes: int, name: str) -
     try:
         with torch.no_grad():
             outputs = module.eval()(images)
-    except Exception as error:  # whatever a module of the user's own may raise
+    except Exception as error:  # whatever a custom module may raise
         raise ConfigError(f"model={name} does not fit the data, whose images are {shape}: {reason(error)}") from error
     if not isinstance(outputs, Tensor) or outputs.shape != (len(images), num_classes):
         got = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__

@@ -72,7 +72,7 @@ PARTS = ("parameters", "buffers", "masks")
 def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu", images: Tensor | None = None) -> Population:
     """The population whose members have the modules' parameters and buffers; the modules must be alike.
 
-    images: a batch that shows which parameters of a module of one's own are weights.
+    images: a batch that shows which parameters of a custom module are weights.
     """
     first = modules[0]
 
@@ -85,15 +85,21 @@ def stack(modules: Sequence[nn.Module], device: torch.device | str = "cpu", imag
 
 
 def join(populations: Sequence[Population]) -> Population:
-    """One population of all members; those of one architecture, with masks for the same parameters."""
+    """One population of all members; those of one architecture. Where one has no mask, and another has, it is whole."""
     first = populations[0]
     if len(populations) == 1:
         return first
+    masked = dict.fromkeys(name for each in populations for name in each.masks)
+    whole = [
+        {name: torch.ones_like(each.parameters[name], dtype=torch.bool) for name in masked} for each in populations
+    ]
+    populations = [replace(each, masks={**ones, **each.masks}) for each, ones in zip(populations, whole)]
     parts = {
         name: {key: torch.cat([getattr(each, name)[key] for each in populations]) for key in getattr(first, name)}
-        for name in PARTS
+        for name in ("parameters", "buffers")
     }
-    return replace(first, **parts)
+    masks = {name: torch.cat([each.masks[name] for each in populations]) for name in masked}
+    return replace(first, **parts, masks=masks)
 
 
 def choose(which: Tensor, new: Population, old: Population) -> Population:

@@ -27,14 +27,21 @@ def threshold_cut(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
     return sensitivity
 
 
-def std(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
-    """Keeps |w| ≥ sensitivity · std(w), each tensor by its own; Han et al., 2015."""
-    return weight.abs() >= std_cut(weight, sensitivity=sensitivity)
+def std(weight: Tensor, *, sensitivity: AtLeastZero, mask: Tensor | None = None) -> Tensor:
+    """Keeps |w| ≥ sensitivity · std(w), each tensor by its own; Han et al., 2015.
+
+    mask: what earlier pruning left, over which the standard deviation is taken; None: all.
+    """
+    return weight.abs() >= std_cut(weight, sensitivity=sensitivity, mask=mask)
 
 
-def std_cut(weight: Tensor, *, sensitivity: AtLeastZero) -> Tensor:
-    """sensitivity · std(w), the population form (ddof 0)."""
-    return sensitivity * weight.std(correction=0)
+def std_cut(weight: Tensor, *, sensitivity: AtLeastZero, mask: Tensor | None = None) -> Tensor:
+    """sensitivity · std(w), the population form (ddof 0), of the entries that a mask keeps, if there is one."""
+    if mask is None:
+        return sensitivity * weight.std(correction=0)
+    count = mask.sum().clamp_min(1)
+    mean = (weight * mask).sum() / count
+    return sensitivity * (((weight - mean).square() * mask).sum() / count).sqrt()
 
 
 def percentile(weights: Tensors, *, sensitivity: Share) -> Tensors:
@@ -61,12 +68,15 @@ def group_threshold(weight: Tensor, *, sensitivity: AtLeastZero, fixed: Tensor |
     return _keep_groups(weight, threshold_cut(weight, sensitivity=sensitivity), fixed)
 
 
-def group_std(weight: Tensor, *, sensitivity: AtLeastZero, fixed: Tensor | None = None) -> Tensor:
+def group_std(
+    weight: Tensor, *, sensitivity: AtLeastZero, fixed: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
     """Keeps an entry if its filter and its channel both have a root mean square ≥ sensitivity · std(w).
 
-    fixed: filters [groups, outputs] that stay whatever their size, such as the network's outputs.
+    fixed: filters [groups, outputs] that stay whatever their size, such as the network's outputs; mask: what earlier
+    pruning left, over which the standard deviation is taken.
     """
-    return _keep_groups(weight, std_cut(weight, sensitivity=sensitivity), fixed)
+    return _keep_groups(weight, std_cut(weight, sensitivity=sensitivity, mask=mask), fixed)
 
 
 def _keep_groups(weight: Tensor, cut: Tensor, fixed: Tensor | None) -> Tensor:

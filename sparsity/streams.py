@@ -68,7 +68,7 @@ SPEAKING = ("hydra._internal.callbacks",)  # whose warnings say that code of the
 
 
 def be_quiet(own: Iterable[str]) -> None:
-    """Leaves out Python's warnings but those of a user's own modules, here and in processes that start later.
+    """Leaves out Python's warnings but those of custom modules, here and in processes that start later.
 
     `python -W default` shows all.
     """

@@ -36,7 +36,7 @@ def layouts(module: nn.Module, images: Tensor | None = None) -> dict[str, Layout
     A weight is what a linear layer, a convolution, an attention projection or a recurrent layer multiplies; a bias is
     the vector that it adds. What a normalisation layer owns is of it; what multiplies channels or tokens one by one is
     a scale (layer_scale, slopes of PReLU, the lengths of weight normalisation); tokens, embeddings and tables are
-    other. A parameter of torch's own layers is known by its layer. Of others, such as those of a module of one's own,
+    other. A parameter of torch's own layers is known by its layer. Of others, such as those of a custom module,
     a recorded pass over images [batch, *shape] says how they are used (`uses`): what is multiplied as a matrix or a
     kernel is a weight, and so is a factor element by element with two or more axes longer than 1, one number for each
     of its inputs. Without images shapes alone decide: two such axes make a weight, one axis a bias.

@@ -5,18 +5,20 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import slow, some_slow
+from conftest import compose, context_of, rule_node, slow, some_slow
 from torch import nn
 
-from sparsity import pruning
+from sparsity import pruning, stages
 from sparsity.accounting import account
-from sparsity.budgets import Budget, Counts, check_reachable, counts, least_left, meet, part
+from sparsity.budgets import check_reachable, counts, least_left, meet
+from sparsity.config import read
 from sparsity.errors import ConfigError
 from sparsity.graph import trace
 from sparsity.kinds import Range
+from sparsity.limits import Budget, Counts, PartOfBudget, part
 from sparsity.models import lenet5
 from sparsity.population import stack
-from sparsity.stages import Method, Rule, _masks
+from sparsity.stages.rules import AppliedRule, Method, Pool, masks_of
 
 SMALLEST = 2.0**-149  # of float32: a denormal
 FROM_ZERO, SHARE = Range(0), Range(0, 1)
@@ -66,16 +68,16 @@ class Case:
         excluded = frozenset(name for name in layouts if name.rpartition(".")[0] in exclude)
         self.names = [name for name in names if name not in excluded]
         method, shipped = Method(getattr(pruning, rule)), self.shipped
-        self.rule = Rule(method, None, shipped.whole, shipped.structural, [], excluded)
+        self.rule = AppliedRule(method, None, shipped.whole, shipped.structural, [], excluded)
 
     def masks_of(self, numbers, own=True):
         """The rule's masks."""
-        pools = [(self.names, numbers)]
+        pools = [Pool(self.names, numbers)]
         if self.own and own:
             name, number = self.own
             rest = [each for each in self.names if each != name]
-            pools = [(rest, numbers), ([name], torch.full_like(numbers, number))]
-        return _masks(self.population, replace(self.rule, pools=pools), self.graph.units)
+            pools = [Pool(rest, numbers), Pool([name], torch.full_like(numbers, number))]
+        return masks_of(self.population, replace(self.rule, pools=pools), self.graph.units)
 
     def meet(self, *budgets):
         """What comes of a budget for each member."""
@@ -140,7 +142,7 @@ def test_a_budget_holds_and_at_the_next_smaller_number_it_does_not(rule, budget,
     assert reached.is_met and not reached.is_idle
     assert keeps(budget, report)
     assert reached.left.nonzero == report.nonzero["weights"] > 0
-    assert reached.record()["sensitivity"] == met.numbers.item()
+    assert reached.number == met.numbers.item()
     assert reached.record()["compression"] == report.compression["weights"]
     assert reached.left.macs == (report.macs["removable"] if budget.limits_macs else None)
     again = case.masks_of(met.numbers)
@@ -161,7 +163,7 @@ def test_rules_on_entries_leave_exactly_what_is_allowed(rule):
         assert reached.left.nonzero == 321 and reached.other.nonzero == 322 and reached.words() is None
 
 
-@pytest.mark.parametrize("rule", some_slow(list(RULES), "threshold", "group_threshold"))
+@pytest.mark.parametrize("rule", some_slow(list(RULES), "threshold", "percentile", "group_threshold", "group_std"))
 def test_members_find_together_what_each_finds_alone(rule):
     budgets = [Budget(nonzero=300), Budget(macs=2500), Budget(compression=3.0, macs_reduction=1.5)]
     budgets.append(Budget(nonzero=10**6))
@@ -325,23 +327,23 @@ def test_the_tighter_of_two_limits_on_one_count_holds():
     dense = Counts(1000, 1000, 500, 500)
     limits = Budget(nonzero=300, compression=5.0, macs=100, macs_reduction=2.0).limits(dense)
     assert limits == (200, 100)
-    assert Budget().limits(dense) == (None, None) and not Budget().is_set and Budget(macs=1).is_set
+    assert Budget().limits(dense) == (None, None) and not Budget().given and Budget(macs=1).given
 
 
-@pytest.mark.parametrize(("curve", "half"), [("linear", 550), ("geometric", 316)])
-def test_a_budget_is_held_part_of_the_way(curve, half):
+@pytest.mark.parametrize(("way", "half"), [("linear", 550), ("geometric", 316)])
+def test_a_budget_is_held_part_of_the_way(way, half):
     start, budget = Counts(1000, 1000), Budget(compression=10.0)
-    assert part(budget, 0.5, start, curve=curve) == Budget(nonzero=half)
-    assert part(budget, 0.0, start, curve=curve) == Budget(nonzero=1000)
-    assert part(budget, 1.0, start, curve=curve) is budget
-    left = [part(budget, share / 20, start, curve=curve).nonzero for share in range(20)]
+    assert part(budget, 0.5, start, way=way) == Budget(nonzero=half)
+    assert part(budget, 0.0, start, way=way) == Budget(nonzero=1000)
+    assert part(budget, 1.0, start, way=way) is budget
+    left = [part(budget, share / 20, start, way=way).nonzero for share in range(20)]
     assert left == sorted(left, reverse=True)
 
 
 def test_part_of_the_way_is_of_macs_too():
     start = Counts(1000, 1000, 400, 400)
-    assert part(Budget(macs_reduction=4.0), 0.5, start, curve="geometric") == Budget(macs=200)
-    assert part(Budget(nonzero=2000, macs=200), 0.5, start, curve="linear") == Budget(nonzero=2000, macs=300)
+    assert part(Budget(macs_reduction=4.0), 0.5, start, way="geometric") == Budget(macs=200)
+    assert part(Budget(nonzero=2000, macs=200), 0.5, start, way="linear") == Budget(nonzero=2000, macs=300)
 
 
 def test_what_is_excluded_alone_is_refused():
@@ -407,3 +409,86 @@ def test_counts_of_a_population_as_it_stands():
     case = Case("threshold", [linear(torch.tensor([[0.0, 1], [2, 3]])), linear(torch.tensor([[0.0, 1], [0, 3]]))], (2,))
     assert counts(case.population, case.graph, with_macs=False) == [Counts(3, 4), Counts(2, 4)]
     assert counts(case.population, case.graph, with_macs=True) == [Counts(3, 4, 4, 4), Counts(2, 4, 2, 4)]
+
+
+def test_a_part_of_a_budget_is_on_the_way_from_the_dense_network():
+    dense = Counts(700, 1000, None, 300)
+    assert PartOfBudget(nonzero=10, share=0.5).limits(dense) == (100, None)
+    assert PartOfBudget(nonzero=10, macs_reduction=3.0, share=0.5, way="linear").limits(dense) == (505, 200)
+    assert PartOfBudget(nonzero=10, share=1.0).limits(dense) == Budget(nonzero=10).limits(dense)
+    halfway = part(PartOfBudget(nonzero=10, share=0.5), 0.5, dense, way="linear")
+    assert halfway == Budget(nonzero=400)  # from what there is to the part of the budget
+    assert [key for key, _ in PartOfBudget(nonzero=10, share=0.5).alone()] == ["50% of the way to budget.nonzero=10"]
+    (_, alone), _ = PartOfBudget(nonzero=10, macs=9, share=0.5).alone()
+    assert alone == PartOfBudget(nonzero=10, share=0.5)
+
+
+def test_what_may_be_left_unused_ends_the_search_early():
+    case = Case("threshold", nets(), (1, 6, 6))
+    asked = []
+
+    def noted(numbers):
+        asked.append(numbers)
+        return case.masks_of(numbers)
+
+    for unused, fewest in ((0.0, 700), (0.05, 665)):
+        asked.clear()
+        met = meet(case.population, noted, FROM_ZERO, [Budget(nonzero=700)], case.graph, unused=unused)
+        assert fewest <= met.reached[0].left.nonzero <= 700
+    assert len(asked) < 25
+
+
+@pytest.fixture
+def pruned():
+    """What pruning to budgets comes to, one a member."""
+
+    def prune(*budgets, **rule):
+        images, modules = torch.rand(2, 1, 6, 6), nets(len(budgets))
+        population, graph = stack(modules, "cpu", images), trace(modules[0], images)
+        node = rule_node(pruning.threshold, **rule)
+        return stages.prune(population, context_of(graph), rule=[node] * len(budgets), budget=list(budgets))
+
+    return prune
+
+
+def test_a_stage_tells_the_number_that_was_found_and_what_was_reached(pruned):
+    outcome = pruned(Budget(nonzero=300), Budget(compression=2.0))
+    total = sum(mask.numel() for name, mask in outcome.population.masks.items() if name.endswith("weight")) // 2
+    for member, most in enumerate((300, total // 2)):
+        left = sum(int(mask[member].sum()) for mask in outcome.population.masks.values())
+        note = outcome.notes[member]
+        assert left == note["budget"]["nonzero"] == most and note["budget"]["compression"] == total / left
+        assert note["sensitivity"] > 0 and note["said"] == [] and outcome.errors[member] is None
+    idle = pruned(Budget(nonzero=10**6)).notes[0]
+    assert idle["sensitivity"] == 0 and "nothing had to go for it" in idle["said"][0]
+
+
+def test_a_budget_that_turns_out_not_to_be_met_fails_its_member_alone(pruned):
+    kept = nets()[0].fc1.weight.numel()
+    outcome = pruned(Budget(nonzero=kept - 1), Budget(nonzero=kept), exclude=["fc1"])
+    assert f"budget.nonzero={kept - 1} is not met: the rule leaves {kept} non-zero weights" in str(outcome.errors[0])
+    assert outcome.errors[1] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["budget.nonzero=1000", "prune.exclude=[fc1]"], "budget.nonzero=1000 cannot be met: 23,520 non-zero weights"),
+        *slow((["budget.compression=500", "prune.exclude=[fc1]"], "budget.compression=500 cannot be met")),
+    ],
+)
+def test_what_no_rule_can_reach_is_refused_before_training(run, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        run("model=mlp", "model.factory.hidden=[30]", "schedule.pretrain.epochs=1000", *overrides)
+
+
+def test_own_sensitivities_do_not_stand_in_a_budgets_way_before_training(run):
+    small = ("model=mlp", "model.factory.hidden=[30]", "stages=[pretrain,prune]", "plots=false")
+    result = run(*small, "budget.nonzero=20000", "prune.layers.fc2=0.001", "prune.exclude=[fc1.bias]")
+    assert result["nonzero"]["weights"] == 20000 and result["stages_run"][1]["budget"]["nonzero"] == 20000
+
+
+def test_a_typed_strength_beats_that_of_a_yaml():
+    assert read(compose(["budget.compression=5"])[0]).sensitivity is None
+    run_ = read(compose(["+budget.compression=5", "sensitivity=0.5"])[0], typed=["sensitivity=0.5"])  # as of a YAML
+    assert run_.sensitivity == 0.5 and run_.budget == Budget()

@@ -3,21 +3,21 @@
 import json
 import logging
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
+from conftest import compose, slow
 from test_launcher import run_jobs
 from test_training import generators, linear, splits
 from torch import nn
 from torch.nn.utils import parametrizations
 
+from sparsity import config
 from sparsity.data import cut
 from sparsity.errors import SparsityError, StageError
+from sparsity.experiment.checks import batch_sizes
 from sparsity.experiment.closing import closing_lines
-from sparsity.experiment.parts import batch_sizes
 from sparsity.population import stack
 from sparsity.schedules import learning_rate
 from sparsity.step import is_elementwise, is_finite, try_step
@@ -153,6 +153,7 @@ def test_normalised_weights_may_be_left_out_or_only_trained(run):
     assert result["total"]["weights"] == 784 * 8 + 80
 
 
+@pytest.mark.slow
 def test_a_set_of_one_image_is_tried_as_such(run):
     with pytest.raises(SparsityError, match=r"Squeezing on one image, as the validation set is, does not fit the data"):
         run(*own("Squeezing", "data.validation=1"))
@@ -232,7 +233,7 @@ def zero_head(tmp_path):
 def test_zeros_that_were_given_are_named_and_not_blamed_on_the_rule(run, zero_head):
     result = run(*SMALL, zero_head, "stages=[prune,finetune]", "prune=threshold", "sensitivity=0")
     assert not any("pruned all of" in line for line in result["warnings"])
-    (line,) = [line for line in result["warnings"] if "all zero before finetuning" in line]
+    (line,) = [line for line in result["warnings"] if "all zero before finetune, which holds zeros" in line]
     assert "fc2.weight, fc2.bias cannot learn" in line
 
 
@@ -278,17 +279,56 @@ def test_a_member_that_fails_takes_no_other_down(tmp_path, stacked):
 # --- the end of a run ------------------------------------------------------------------------------------------------
 
 
-def ended(
-    final, compression=10.0, weights=None, reg=True, stages=("pretrain", "regularize", "prune", "finetune"), **more
-):
-    numbers = {stage: SimpleNamespace(lr=0.1, epochs=5) for stage in ("pretrain", "regularize", "finetune")}
-    run = SimpleNamespace(
-        stages=list(stages), model=SimpleNamespace(weights=weights), schedule=SimpleNamespace(**numbers),
-        reg=SimpleNamespace(penalty=reg or None, decay=0.5), sensitivity=0.3,
-    )  # fmt: skip
-    each = {"dense": 0.97, "regularized": 0.96, "pruned": 0.5, **more, "finetune": final, "final": final}
-    measured = {name: {"validation": None, "test": value} for name, value in each.items()}
-    return closing_lines(run, measured, compression, torch.arange(1000) % 10)
+STANDARD = ("pretrain", "regularize", "prune", "finetune")
+DID = {"pretrain": [], "regularize": ["penalized"], "prune": ["masked"], "finetune": ["selected"]}
+
+
+def ended(final, compression=10.0, weights=None, reg=True, stages=STANDARD, **more):
+    """The lines of a run whose stages came to some accuracies; given: that of its weights."""
+    overrides = [f"stages=[{','.join(stages)}]", "sensitivity=0.3", *(["reg.decay=0.5"] if reg else ["reg=none"])]
+    overrides += [f"model.weights={weights}"] if weights else []
+    trained = [name for name in STANDARD if name != "prune"]
+    overrides += [text for name in trained for text in (f"schedule.{name}.lr=0.1", f"schedule.{name}.epochs=5")]
+    run = config.read(compose(overrides)[0])
+    each = {"pretrain": 0.97, "regularize": 0.96, "prune": 0.5, "finetune": final, **more}
+    measured = [
+        {"name": name, "did": DID[name], "accuracy": {"validation": None, "test": each[name]}} for name in stages
+    ]
+    given = {"validation": None, "test": more["given"]} if weights else None
+    return closing_lines(run, given, measured, compression, torch.arange(1000) % 10)
+
+
+def of_rounds(accuracies, *overrides):
+    """The lines of a run of two rounds whose stages came to some accuracies, in order."""
+    run = config.read(compose(["recipe=iterative", "rounds=2", *overrides])[0], typed=overrides)
+    measured = [
+        {"name": stage.name, "did": DID[stage.node], "accuracy": {"validation": None, "test": accuracy}}
+        for stage, accuracy in zip(run.recipe, accuracies, strict=True)
+    ]
+    return closing_lines(run, None, measured, 10.0, torch.arange(1000) % 10)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "words"),
+    [
+        ([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.1], ["is 10.00%: lower sensitivity=0.1 or reg.decay=0.0001"]),
+        (
+            [0.97, 0.96, 0.1, 0.9, 0.1, 0.1, 0.1],
+            ["since regularize-2; lower reg.decay=0.0001 or schedule.regularize.lr"],
+        ),
+        (
+            [0.97, 0.96, 0.1, 0.9, 0.9, 0.5, 0.1],
+            ["since finetune-2; lower schedule.finetune.lr=", "or lower sensitivity"],
+        ),
+        ([0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], ["since pretrain; lower schedule.pretrain.lr="]),
+        ([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.5], ["pruning cost most of the accuracy, 96.00% before and 50.00% now"]),
+    ],
+)
+def test_of_several_rounds_the_one_that_did_it_is_named(accuracies, words):
+    (line,) = of_rounds(accuracies)
+    assert all(each in line for each in words), line
+    assert "budget.compression=9" in of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.1], "budget.compression=9")[0]
+    assert of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.95]) == []
 
 
 def test_a_good_run_ends_without_a_word():
@@ -299,15 +339,15 @@ def test_a_good_run_ends_without_a_word():
     ("more", "key"),
     [
         (
-            {"dense": 0.1, "regularized": 0.1, "pruned": 0.1},
+            {"pretrain": 0.1, "regularize": 0.1, "prune": 0.1},
             "lower schedule.pretrain.lr=0.1, or raise schedule.pretrain.epochs=5",
         ),
-        ({"regularized": 0.1, "pruned": 0.1}, "since regularize; lower reg.decay=0.5 or schedule.regularize.lr=0.1"),
-        ({"regularized": 0.1, "pruned": 0.1, "reg": False}, "since regularize; lower schedule.regularize.lr=0.1"),
-        ({"pruned": 0.1}, "lower sensitivity=0.3 or reg.decay=0.5"),
-        ({"compression": None, "pruned": 0.1}, "lower sensitivity=0.3 or reg.decay=0.5"),
+        ({"regularize": 0.1, "prune": 0.1}, "since regularize; lower reg.decay=0.5 or schedule.regularize.lr=0.1"),
+        ({"regularize": 0.1, "prune": 0.1, "reg": False}, "since regularize; lower schedule.regularize.lr=0.1"),
+        ({"prune": 0.1}, "lower sensitivity=0.3 or reg.decay=0.5"),
+        ({"compression": None, "prune": 0.1}, "lower sensitivity=0.3 or reg.decay=0.5"),
         ({}, "since finetune; lower schedule.finetune.lr=0.1"),
-        ({"weights": "my.pth", "dense": 0.1, "pruned": 0.1, "stages": ("prune", "finetune")}, "model.weights=my.pth"),
+        ({"weights": "my.pth", "given": 0.1, "prune": 0.1, "stages": ("prune", "finetune")}, "model.weights=my.pth"),
     ],
 )
 def test_chance_names_the_stage_and_its_key(more, key):

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, compose, slow
 
 from sparsity import store
 from sparsity.experiment import keys
@@ -162,7 +162,7 @@ def test_what_was_typed_in_counts_with_all_that_it_names(monkeypatch):
 def checked():
     from sparsity import config
 
-    return config.read(config.compose(["model=mlp", "model.factory.hidden=[8]"])[0])
+    return config.read(compose(["model=mlp", "model.factory.hidden=[8]"])[0])
 
 
 ROOMS = sorted(
@@ -176,10 +176,13 @@ FIRST = {
     "regularizers": "regularize",
     "pruning": "prune",
     "compaction": "finetune",
-}  # reached by a change
+    "budgets": None,  # no budget is given
+    "limits": None,
+    "accounting": None,
+}  # the first stage that a change reaches
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "experiment.parts", "experiment.stored", "experiment.record"])
+@pytest.mark.parametrize("room", [*ROOMS, "experiment.members", "experiment.stored", "experiment.record"])
 def test_a_change_of_our_code_reaches_the_stages_whose_numbers_it_can_change(room, checked, monkeypatch):
     before = keys.stage_keys(checked, "images", "cpu", "float32")
     own = code._our_files()
@@ -188,20 +191,59 @@ def test_a_change_of_our_code_reaches_the_stages_whose_numbers_it_can_change(roo
     monkeypatch.setattr(code, "_our_files", lambda: edited)
     after = keys.stage_keys(checked, "images", "cpu", "float32")
     same = [stage for stage in checked.stages if before[stage].key == after[stage].key]
-    if room in keys.NO_NUMBERS or room == "weights":  # no weights are given
+    first = FIRST.get(room, "pretrain")
+    if room in keys.NO_NUMBERS or room == "weights" or first is None:  # no weights are given
         assert same == checked.stages
     else:
-        assert same == checked.stages[: checked.stages.index(FIRST.get(room, "pretrain"))]
+        assert same == checked.stages[: checked.stages.index(first)]
+
+
+USED = [  # what a run is, a room, and the first stage that a change of it reaches
+    ((), "compaction", "finetune"),
+    (("recipe.finetune.hold=masks",), "compaction", None),
+    (("budget.nonzero=9",), "budgets", "prune"),
+    (("budget.nonzero=9",), "limits", "prune"),
+    (("budget.macs=9",), "accounting", "prune"),
+    (("recipe=iterative", "rounds=2", "budget.nonzero=9"), "budgets", "prune"),
+    (("recipe=iterative", "rounds=2"), "regularizers", "regularize"),
+    (("recipe=magnitude",), "regularizers", None),
+    (("recipe=magnitude", "reg=l1"), "regularizers", None),
+    (("recipe=at_init",), "pruning", "prune"),
+    (("recipe=gradual",), "pruning", "train"),
+    (("recipe=lottery", "rounds=1"), "pruning", "prune"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "room", "first"), [*USED[1:4], *slow(*USED[:1], *USED[4:])], ids=str)
+def test_code_counts_in_the_stages_that_use_it_and_in_later_ones(overrides, room, first, monkeypatch):
+    from sparsity import config
+
+    run = config.read(compose(overrides)[0], typed=overrides)
+    before, own = keys.stage_keys(run, "images", "cpu", "float32"), code._our_files()
+    edited = {name: f"{text}." if name.partition(".")[0] == room else text for name, text in own.items()}
+    monkeypatch.setattr(code, "_our_files", lambda: edited)
+    after = keys.stage_keys(run, "images", "cpu", "float32")
+    names = [stage.name for stage in run.recipe]
+    changed = [name for name in names if before[name].key != after[name].key]
+    assert changed == ([] if first is None else names[names.index(first) :])
 
 
 def test_rooms_that_change_no_number_are_known_by_name():
     named = {name.partition(".")[0] for name in keys.NO_NUMBERS if name != "__init__"}
-    assert named <= {*ROOMS, "experiment"} and not set(keys.NO_NUMBERS) & set(keys.OF_ONE_STAGE)
+    parts = [name.split(".") for name in keys.NO_NUMBERS if name.startswith("experiment.")]
+    assert all((ROOT / "sparsity" / room / f"{file}.py").is_file() for room, file in parts)
+    assert named <= {*ROOMS, "experiment"} and not set(keys.NO_NUMBERS) & set(keys.OF_SOME)
     needed = {"tensors", "population", "data", "capture", "step", "training", "schedules", "stages", "models"}
-    assert not needed & {*keys.NO_NUMBERS, *keys.OF_ONE_STAGE}
+    assert not needed & {*keys.NO_NUMBERS, *keys.OF_SOME}
 
 
-def test_the_code_of_one_stage_is_imported_where_it_is_run_alone():
-    for room in keys.OF_ONE_STAGE:
-        texts = {path.name: path.read_text() for path in (ROOT / "sparsity").rglob("*.py")}
-        assert {name for name, text in texts.items() if f"from sparsity.{room} import" in text} <= {"stages.py"}
+def test_code_that_counts_for_some_stages_is_imported_where_they_are_run_alone():
+    root = ROOT / "sparsity"
+    files = {path.relative_to(root).as_posix(): path.read_text() for path in root.rglob("*.py")}
+    told = {name: {name[:-3].replace("/", "."), name.partition("/")[0].removesuffix(".py")} for name in files}
+    files = {name: text for name, text in files.items() if not told[name] & {*keys.NO_NUMBERS}}
+    for room in keys.OF_SOME:
+        found = {name for name, text in files.items() if f"from sparsity.{room} import" in text}
+        known = {"stages/training.py", "stages/pruning.py", "experiment/checks.py"}
+        also = {"accounting": {"budgets.py"}, "limits": {"budgets.py"}}.get(room, set())  # which counts them too
+        assert found <= known | also, room

@@ -6,16 +6,18 @@ from functools import partial
 import pytest
 import sample_networks
 import torch
+from conftest import context_of, slow
 from torch import nn
 from torch.func import functional_call
 
-from sparsity import models, stages
+from sparsity import models
 from sparsity.compaction import Compacted, compact
 from sparsity.data import Files, Images, Splits
 from sparsity.evaluation import evaluate
+from sparsity.graph import trace
+from sparsity.nodes import Call, StageSchedule
 from sparsity.population import PARTS, stack
-from sparsity.schedules import learning_rate
-from sparsity.training import Loop, Watcher
+from sparsity.stages import training
 
 SIZE = 20  # of an image
 
@@ -163,9 +165,9 @@ def response(population, splits, member, training):
 def assert_same(compacted, splits):
     full, small = compacted.full, compacted.population
     for member in range(full.num_members):
-        for training in (False, True):
-            outputs, gradients, buffers = response(full, splits, member, training)
-            few, spread, statistics = response(small, compacted.splits, member, training)
+        for trains in (False, True):
+            outputs, gradients, buffers = response(full, splits, member, trains)
+            few, spread, statistics = response(small, compacted.splits, member, trains)
             torch.testing.assert_close(few, outputs, rtol=1e-10, atol=1e-12)
             one = replace(full.member(member), parameters={n: torch.zeros_like(g)[None] for n, g in gradients.items()})
             kept = {name: {a: i[member : member + 1] for a, i in axes.items()} for name, axes in compacted.kept.items()}
@@ -190,8 +192,7 @@ def shapes(population):
     return {name: tuple(parameter.shape[1:]) for name, parameter in population.parameters.items()}
 
 
-@pytest.mark.parametrize("share", [0.03, 0.3])
-@pytest.mark.parametrize("number", [1, 3])
+@pytest.mark.parametrize(("share", "number"), [(0.03, 3), (0.3, 1), *slow((0.03, 1), (0.3, 3))])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_outputs_and_gradients_are_the_same(name, number, share):
     population, data = pruned(name, number, share=share), splits()
@@ -294,14 +295,28 @@ def test_files_are_read_as_their_pixels():
 def finetuned(population, data, seeds, monkeypatch, optimizer, *, dense, **numbers):
     """What finetuning makes of a population, compacted or not."""
     lr = 0.05 if optimizer is torch.optim.SGD else 2e-3
-    loop = Loop(
-        3, 16, partial(learning_rate, lr=lr, shape="constant", warmup=0.0), partial(optimizer, lr=lr, **numbers)
-    )
-    parts = stages.Ingredients(data, {"finetune": loop}, None, None, seeds, lambda stage: Watcher())
+    own = {name: number for name, number in numbers.items() if name != "weight_decay"}
+    decay = numbers.get("weight_decay", 0.0)
+    arguments = {
+        "schedule": StageSchedule(epochs=3, lr=lr, shape="constant", warmup=0.0, weight_decay=decay),
+        "optimizer": Call("optimizer", "torch.optim", optimizer, own),
+    }
+    small, trained, run_loop = [], [], training.run_loop
+
+    def compacted(*given):
+        small.append(Compacted(*given, given[0], {}) if dense else compact(*given))
+        return small[0]
+
+    def looped(*given, **more):
+        trained.append(run_loop(*given, **more))
+        return trained[0]
+
     with monkeypatch.context() as patch:
-        if dense:
-            patch.setattr(stages, "compact", lambda population, splits: Compacted(population, splits, population, {}))
-        return stages.finetune(population, parts)
+        patch.setattr(training, "compact", compacted)
+        patch.setattr(training, "run_loop", looped)
+        context = context_of(trace(population.module, data.example()), data, seeds)
+        outcome = training.train(population, context, **arguments, batch_size=16, hold="zeros", select=True)
+    return replace(trained[0], last=small[0].restore(trained[0].last), selected=outcome.population)
 
 
 # a large eps: Adam would make much of a gradient that is 0 but for rounding, such as batch normalisation leaves a bias
@@ -331,7 +346,7 @@ def assert_alike(one, other, data, atol, live_only=False):
         assert row.loss == pytest.approx(its.loss, abs=10 * atol) if row.loss else its.loss is None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float64, *slow(torch.float32)])
 @pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "sgd_decay", "adamw"])
 @pytest.mark.parametrize("name", ["mlp", "batch_norm"])
 def test_finetuning_is_the_same(monkeypatch, name, optimizer, dtype):
@@ -381,11 +396,12 @@ def test_a_population_is_its_members(monkeypatch, name, optimizer):
         assert alone.history[-1].validation == [together.history[-1].validation[member]]
 
 
-@pytest.mark.parametrize("model", ["mlp", pytest.param("lenet5", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["mlp", "lenet5"])
 def test_the_whole_pipeline(run, monkeypatch, model):
     overrides = [f"model={model}", "precision=float32", "sensitivity=0.8", "plots=false"]
     compacted = run(*overrides)
-    monkeypatch.setattr(stages, "compact", lambda population, splits: Compacted(population, splits, population, {}))
+    monkeypatch.setattr(training, "compact", lambda population, splits: Compacted(population, splits, population, {}))
     dense = run(*overrides)
     for key in ("nonzero", "total", "macs", "structure", "layers"):
         one, other = compacted[key], dense[key]

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from sparsity import data
-from sparsity.config import Call, Normalization
+from sparsity.config import Normalization
 from sparsity.config.schema import Data
 from sparsity.errors import ConfigError, DataError
 from sparsity.experiment import load_data
+from sparsity.nodes import Call
 
 
 def write_mnist(root, num=30, test=12):

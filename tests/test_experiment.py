@@ -6,21 +6,23 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sample_networks
 import torch
-from conftest import slow
+from conftest import compose, context_of, slow
 from safetensors.torch import load_file
 
 import sparsity
-from sparsity import stages
 from sparsity.compaction import compact
 from sparsity.errors import ConfigError, DivergedError, SparsityError, WeightsError
-from sparsity.experiment import Job, parts, run_members
+from sparsity.experiment import Job, plan, run_members
+from sparsity.experiment.views import accuracies, selection
 from sparsity.models import build
 from sparsity.population import stack
-from sparsity.results import accuracies
+from sparsity.stages import training
+from sparsity.stages.holding import holding_zeros
 from sparsity.training import Epoch
 
 SMALL = ("model=mlp", "model.factory.hidden=[30]")
@@ -28,7 +30,8 @@ SMALL = ("model=mlp", "model.factory.hidden=[30]")
 
 def without_times(result):
     left_out = ("seconds", "folder", "config", "environment", "checksum")
-    return {key: value for key, value in result.items() if key not in left_out}
+    stages = [{key: value for key, value in stage.items() if key != "seconds"} for stage in result["stages_run"]]
+    return {key: value for key, value in result.items() if key not in left_out} | {"stages_run": stages}
 
 
 def test_what_a_run_leaves(run):
@@ -80,7 +83,7 @@ def test_the_result_agrees_with_the_files(run):
 
 
 def test_the_same_command_gives_the_same_bits(run):
-    one, other, third = run(*SMALL), run(*SMALL), run(*SMALL, "seed=1", "plots=false")
+    one, other, third = (run(*SMALL, f"seed={seed}", "plots=false") for seed in (0, 0, 1))
     left, right = (load_file(Path(result["folder"]) / "model.safetensors") for result in (one, other))
     assert all(torch.equal(left[name], right[name]) for name in left)
     assert without_times(one) == without_times(other)
@@ -89,13 +92,13 @@ def test_the_same_command_gives_the_same_bits(run):
 
 @pytest.mark.slow
 def test_members_draw_an_order_of_their_own_for_every_stage(run, monkeypatch):
-    train, seeds = stages.train, {}
+    train, seeds = training.run_loop, {}
 
     def noted(population, splits, loop, generators, **more):
         seeds[len(seeds)] = [generator.initial_seed() for generator in generators]
         return train(population, splits, loop, generators, **more)
 
-    monkeypatch.setattr(stages, "train", noted)
+    monkeypatch.setattr(training, "run_loop", noted)
     for seed in (0, 1):
         run(*SMALL, f"seed={seed}", "plots=false")
     assert len(seeds) == 6 and len({drawn for each in seeds.values() for drawn in each}) == 6
@@ -105,8 +108,8 @@ def test_members_draw_an_order_of_their_own_for_every_stage(run, monkeypatch):
 @pytest.mark.parametrize("elementwise", [True, False])
 def test_finetuning_is_compact_unless_the_optimizer_mixes_entries(elementwise, run, monkeypatch):
     compacted = []
-    monkeypatch.setattr(parts, "is_elementwise", lambda optimizer: elementwise)
-    monkeypatch.setattr(stages, "compact", lambda *given: compacted.append(1) or compact(*given))
+    monkeypatch.setattr(training, "is_elementwise", lambda optimizer: elementwise)
+    monkeypatch.setattr(training, "compact", lambda *given: compacted.append(1) or compact(*given))
     run(*SMALL, "sensitivity=0.5", "plots=false")
     assert len(compacted) == elementwise
 
@@ -117,18 +120,49 @@ def test_finetuning_holds_every_zero_but_those_of_normalisation():
     parameters = {name: parameter.clone() for name, parameter in population.parameters.items()}
     parameters["first.weight"][0, 1] = 0
     assert not parameters["norm.bias"].any()  # as it begins
-    held = stages._holding_zeros(replace(population, parameters=parameters)).masks
+    held = holding_zeros(replace(population, parameters=parameters)).masks
     assert list(held) == ["first.weight"] and torch.equal(held["first.weight"], parameters["first.weight"] != 0)
 
 
 def test_selected_last_and_best_are_of_their_own_epochs():
     rows = [(0.5, 0.9), (0.8, 0.6), (0.7, 0.95), (0.6, 0.7)]
-    history = [Epoch(epoch, None, None, None, [0.0, v], [0.0, t], None, 0.0) for epoch, (v, t) in enumerate(rows)]
+    history = [Epoch(epoch, None, None, None, [v], [t], None, 0.0) for epoch, (v, t) in enumerate(rows)]
     final = {"validation": 0.8, "test": 0.6}
-    found = accuracies({"final": final, "dense": final}, history, 1, 1)
+    tuned = {"name": "tune", "did": ["selected"], "accuracy": final, "selected_epoch": 1}
+    found = accuracies([tuned], None, {"tune": history})
     assert found["selected"] == {**final, "epoch": 1} and found["last"] == {"validation": 0.6, "test": 0.7}
     assert found["best"] == {"test": 0.95, "epoch": 2}
-    assert found["pruned"] == {"validation": None, "test": None}
+    assert found["pruned"] == {"validation": None, "test": None} and found["final"] == final
+    assert accuracies([{**tuned, "final_from": 3}], None, {"tune": history})["best"] == {"test": 0.7, "epoch": 3}
+
+
+def test_accuracies_are_those_of_the_last_stage_of_their_kind():
+    def stage(name, *did):
+        return {"name": name, "did": list(did), "accuracy": {"validation": None, "test": name}, "selected_epoch": None}
+
+    def tests(given, *stages):
+        found = accuracies(stages, given, {})
+        return [found[name]["test"] for name in ("dense", "regularized", "pruned", "final")]
+
+    given = {"validation": None, "test": "given"}
+    dense, penalized, masked, tuned = stage("a"), stage("b", "penalized"), stage("c", "masked"), stage("d", "selected")
+    assert tests(None, dense, penalized, masked, tuned) == ["a", "b", "c", "d"]
+    assert tests(given, penalized, masked) == ["given", "b", "c", "c"]
+    assert tests(None, masked, dense) == [None, None, "c", "a"]  # dense is what precedes the first mask
+    assert tests(None, dense, masked, stage("e", "penalized"), stage("f", "masked"), tuned) == ["a", "e", "f", "d"]
+    assert tests(given) == ["given", None, None, "given"]
+
+
+def test_selection_says_what_the_network_is():
+    pruned = {"name": "prune", "did": ["masked"]}
+    tuned = {"name": "finetune-2", "did": ["selected"], "selected_epoch": 3}
+    assert selection([pruned]) == "no epoch was selected: the network is that after the last stage"
+    assert selection([pruned, tuned]) == "epoch 3 of finetune-2, selected by validation accuracy"
+    assert selection([tuned, pruned]) == f"{selection([tuned])}; the network is that after prune"
+    tuned["selected_epoch"] = None
+    nothing = "nothing was selected (data.validation=0): the network is that "
+    assert selection([pruned, tuned]) == f"{nothing}of the last epoch of finetune-2"
+    assert selection([tuned, pruned]) == f"{nothing}after prune"
 
 
 @pytest.mark.parametrize(
@@ -147,12 +181,23 @@ def test_selected_last_and_best_are_of_their_own_epochs():
 )
 def test_how_steps_are_computed(overrides, stage, num_steps, way):
     model = [] if "model=lenet5" in overrides else SMALL
-    run = sparsity.config.read(sparsity.config.compose([*model, *overrides])[0])
+    run = sparsity.config.read(compose([*model, *overrides])[0])
     population = stack([build(run.model.factory.partial(), (1, 28, 28), 10, 0)])
-    assert parts.way_of(run, stage, population, num_steps) == way
+    (planned,) = (each for each in plan.planned([run]) if each.name == stage)
+    splits = SimpleNamespace(train=range(2 * num_steps))  # as many images
+    context = context_of(splits=splits, step=run.step, model=run.model.factory.target)
+    one = plan.Planned([_with(planned.stages[0], batch_size=2, epochs=1)])
+    assert one.loop(population, context).way == way
     if "step" not in str(overrides):
         foreign = stack([build(sample_networks.Normalised, (1, 28, 28), 10, 0)])
-        assert parts.way_of(run, stage, foreign, num_steps) == "eager"
+        assert one.loop(foreign, context).way == "eager"
+
+
+def _with(stage, batch_size, epochs):
+    """A stage with other numbers."""
+    numbers = stage.call.numbers
+    schedule = replace(numbers["schedule"], epochs=epochs)
+    return replace(stage, call=replace(stage.call, numbers={**numbers, "batch_size": batch_size, "schedule": schedule}))
 
 
 @pytest.mark.slow
@@ -242,7 +287,7 @@ def test_divergence_is_one_line_and_keeps_the_last_good_state(run, tmp_path):
     assert not (tmp_path / "run0" / "result.json").exists()
 
 
-@pytest.mark.parametrize("model", ["lenet300", "lenet5", pytest.param("torchvision", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["lenet5", *slow("lenet300", "torchvision")])
 def test_networks_run(run, model):
     overrides = ["schedule.batch_size=256", "schedule.pretrain.epochs=1", "plots=false", "stages=[pretrain,prune]"]
     result = run(f"model={model}", *overrides)
@@ -348,7 +393,7 @@ def test_the_penalty_is_in_regularizing_alone(run):
 
 
 def test_training_flushes_denormals_and_leaves_the_process_as_it_was():
-    from sparsity.experiment.parts import machine
+    from sparsity.experiment.machine import machine
 
     before, tiny = torch.get_num_threads(), torch.tensor([1e-39])
     with machine(1):
@@ -384,7 +429,7 @@ def test_a_folder_that_cannot_be_written(run, tmp_path):
         run(*SMALL, f"hydra.run.dir={tmp_path}/file/run")
 
 
-@pytest.mark.parametrize("override", ["search=pareto", "reg.deacy=1", "reg=nothing"])
+@pytest.mark.parametrize("override", ["search=pareto", "reg.deacy=1", "reg=nothing", *slow("model.weights=${nope}")])
 def test_python_gets_its_own_errors(run, override):
     with pytest.raises(ConfigError) as error:
         run(override)

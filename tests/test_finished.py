@@ -16,7 +16,8 @@ from sparsity.errors import ConfigError
 from sparsity.experiment.folder import finished
 from sparsity.results.__main__ import export
 from sparsity.results.sealed import is_finished, read_result, sealed
-from sparsity.results.sweeps import read, summary_csv
+from sparsity.results.summaries import read
+from sparsity.results.sweeps import summary_csv
 
 SMALL = ("model=mlp", "model.factory.hidden=[4]", "plots=false", "stages=[pretrain]", "schedule.pretrain.epochs=1")
 SAME = ("accuracy", "nonzero", "layers", "keys", "files", "warnings", "computed_with")
@@ -75,7 +76,7 @@ DAMAGE = {
     "no number": lambda path: path.write_text('{"format": NaN}'),
     "of zeros": lambda path: path.write_bytes(bytes(1000)),
     "in another encoding": lambda path: path.write_text('{"name": "é"}', encoding="utf-16"),
-    "another format": lambda path: text_of(path, lambda text: text.replace('"format": 1', '"format": 0')),
+    "another format": lambda path: text_of(path, lambda text: text.replace('"format": 2', '"format": 0')),
     "a folder": in_its_place(os.mkdir),
     "a pipe": in_its_place(os.mkfifo),
     "a link to nothing": in_its_place(lambda path: os.symlink("nothing", path)),
@@ -142,6 +143,53 @@ def test_a_result_without_checksum_is_read_and_made_again_where_it_is_the_same_r
         again("seed=1")
     again("threads=1")
     assert "has no checksum: it is set aside" in caplog.text and is_finished(place)
+
+
+def of_first_version(place):
+    """Leaves the result as the first version of the program wrote it: sealed, and without a record a stage."""
+    result = json.loads((place / "result.json").read_text())
+    own = {key: value for key, value in result.items() if key not in ("checksum", "stages_run")}
+    new = ("rounds", "rewind_to", "ramp", "budget", "recipe")
+    own["config"] = {key: value for key, value in own["config"].items() if key not in new}
+    old = sealed({**own, "format": 1, "keys": {"pretrain": "of the first version"}})
+    (place / "result.json").write_text(json.dumps(old))
+    return old
+
+
+def test_a_run_does_not_resume_from_a_result_of_the_first_version(folder, caplog):
+    place, again = folder
+    old = of_first_version(place)
+    assert read_result(place / "result.json") == old and not is_finished(place)
+    with pytest.raises(ConfigError, match="holds a finished run of other settings"):
+        again("seed=1")
+    assert json.loads((place / "result.json").read_text()) == old
+    result = again("threads=1")
+    assert "has format 1, and runs resume from format 2 alone: it is set aside" in caplog.text
+    assert result["format"] == 2 and result["stages_run"] and is_finished(place)
+    assert result["nonzero"] == old["nonzero"] and result["computed"] == []
+
+
+def test_tables_read_results_of_the_first_version(folder, caplog):
+    place, _ = folder
+    sweep = place.parent / "sweep"
+    shutil.copytree(place, sweep / "0")
+    shutil.copytree(place, sweep / "1")
+    old = of_first_version(sweep / "1")
+    summary = read([sweep])
+    (point,) = summary.points  # both are of the same settings
+    assert [member.error for member in summary.members] == [None, None] and not caplog.messages
+    assert point.mean("accuracy.final.test") == old["accuracy"]["final"]["test"]
+
+
+@pytest.mark.slow
+def test_a_run_whose_rewinding_names_an_epoch_is_found_finished(run, tmp_path):
+    how = (*SMALL[:3], "recipe=lottery", "rounds=1", "rewind_to=pretrain@1", "prune=percentile", "sensitivity=0.5")
+    how += (f"hydra.run.dir={tmp_path}/lottery", f"store={tmp_path}/store")
+    first = run(*how)
+    assert set(first["keys"]) == {*first["stages"], "pretrain@1"} and first["keys"]["pretrain@1"]
+    assert run(*how) == first
+    with pytest.raises(ConfigError, match="holds a finished run of other settings"):
+        run(*how, "rewind_to=pretrain@2")
 
 
 def test_a_finished_run_of_other_keys_is_never_written_over(folder):

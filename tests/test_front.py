@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from sparsity.front import OBJECTIVES, hypervolume, non_dominated
+from sparsity.results.pareto import PUBLISHED
 
 UP, DOWN = "maximize", "minimize"
 
@@ -55,5 +56,14 @@ def test_hypervolume_by_hand_and_points_beyond_the_reference():
     assert hypervolume([(0.95, 2), (0.2, 100), (math.nan, 3)], [0.9, 0], [UP, UP]) == pytest.approx(0.1)
 
 
-def test_every_objective_has_a_direction():
-    assert set(OBJECTIVES.values()) <= {UP, DOWN}
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_is_a_row(name):
+    from sparsity.results import number, objectives
+
+    key, direction, size = OBJECTIVES[name]
+    result = {"accuracy": {"final": {"validation": 0.5}}, "compression": {"weights": 2.0}, "nonzero": {"weights": 3}}
+    result |= {"macs": {"dense": 9, "removable": 4}, "total": {"weights": 6}}
+    assert direction in (UP, DOWN) and objectives(result, [name]) == (number(result, key),)
+    if size is not None:
+        assert number(result, size.left) < number(result, size.dense) and size.label and size.unit
+        assert size.published in PUBLISHED.read_text(encoding="utf-8").splitlines()[0].split(",")

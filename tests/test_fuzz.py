@@ -28,8 +28,11 @@ def _keys(node, before=""):
 
 
 def _known_keys():
-    composed, own = config.compose(["data=image_folder", "model=mlp", "reg=transformed_l1", "search=pareto"])
+    common = ["data=image_folder", "model=mlp", "reg=transformed_l1", "search=pareto"]
+    composed, own = config.compose(common)
+    recipes = [OmegaConf.to_container(config.compose([f"recipe={name}"])[0].recipe) for name in ("lottery", "gradual")]
     plain = {key: node for key, node in OmegaConf.to_container(composed).items() if key != "hydra"}
+    plain["recipe"] = {name: node for each in recipes for name, node in each.items()}
     hydras = OmegaConf.to_container(own)
     for described in ("help", "hydra_help", "runtime", "overrides", "job_logging", "hydra_logging"):
         hydras.pop(described)
@@ -62,6 +65,8 @@ VALUES = [
     *("range(1,3)", "range(0)", "interval(0,1)", "choice(1,2)", "choice()", "tag(log,interval(1e-5,1))", "glob(*)"),
     *("int(abc)", "sort(3,1)", "shuffle(1,2)", "extend_list(1)", "nope(1)", "json_str({a:1})", "x" * 300, "[" * 50),
     *("[pretrain]", "[prune]", "[weight]", "[fc1]", "sparsity.run", "sparsity.regularizers.l1", "os.system"),
+    *("[pretrain,{repeat:2,stages:[prune,finetune]}]", "[{repeat:0,stages:[prune]}]", "{repeat:2,stages:[prune]}"),
+    *("pretrain@1", "start", "zeros", "{compression:5}", "{epochs:7}", "${schedule.finetune}", "${recipe.prune}"),
     *("/dev/null/x", "/nope", "*", "a/b", "hs", "mlp", "auto", "cuda:99"),
 ]
 FLAGS = [

@@ -4,7 +4,7 @@ import time
 
 import hydra
 import pytest
-from conftest import ROOT
+from conftest import ROOT, compose
 from omegaconf import OmegaConf
 
 from sparsity import config
@@ -55,12 +55,24 @@ class Counting:
         ([*LARGE, "seed=0,1,2", "schedule.pretrain.shape=constant,cosin"], "schedule.pretrain.shape must be one of"),
         (["sensitivity=0.1,0.2", "reg.penalty.nothing=1,2"], "nothing"),
         (["prune.exclude=[],[fc3]", "+prune.layers.fc3=0.1,0.2"], "prune.layers.fc3 does nothing, as prune.exclude"),
+        (["recipe=magnitude", "reg.decay=1e-5,1e-4"], "reg.decay is swept, and no stage of any member reads it"),
+        (["recipe=magnitude", "reg=hs,l1"], "reg is swept, and no stage of any member reads it"),
+        (["rounds=1,2"], "rounds is swept, and no stage of any member reads it"),
+        (["recipe=iterative", "recipe.prune.rule.scope=tensor,network"], "type prune.scope=tensor,network"),
+        (["recipe=lottery", "rewind_to=start,finetune"], "rewind_to=finetune names a state that is not there"),
+        (["sensitivity=0.1,0.2", "budget.compression=5"], "budget.compression takes the place of sensitivity"),
         (["hydra.sweep.subdir=one", "seed=0,1"], "hydra.sweep.subdir=one is the folder of members 0 and 1"),
     ],
 )
 def test_what_no_member_takes_is_refused(overrides, line, checked):
     with pytest.raises((ConfigError, hydra.errors.HydraException), match=line):
         checked(*overrides)
+
+
+@pytest.mark.slow
+def test_what_some_members_read_may_be_swept(checked):
+    assert checked("recipe=standard,magnitude", "reg.decay=1e-5,1e-4") == 4
+    assert checked("recipe=standard,lottery", "rounds=1,2", "budget.compression=10,30") == 8
 
 
 @pytest.mark.slow
@@ -93,4 +105,4 @@ def test_names_of_folders_that_no_disk_takes(checked):
 @pytest.mark.parametrize("betas", ["[0.9,0.9,0.9]", "[0.9]", "0.9", "[]"])
 def test_a_list_of_another_length_is_refused(betas):
     with pytest.raises(ConfigError, match=r"optimizer.betas must be a list of 2 numbers, got "):
-        config.read(config.compose([f"optimizer.betas={betas}"])[0])
+        config.read(compose([f"optimizer.betas={betas}"])[0])

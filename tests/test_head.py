@@ -210,7 +210,7 @@ def test_it_makes_stages_of_their_own_in_the_store(run, tmp_path):
 
 def test_without_weights_it_says_that_it_does_nothing():
     composed, _ = config.compose(["model.head=new"])
-    lines = config.idle_settings(config.read(composed), ["model.head=new"])
+    lines = config.idle_settings(config.read(composed), composed, ["model.head=new"])
     assert lines == ["model.head=new does nothing: without model.weights=FILE every layer is drawn anew"]
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import functools
 import json
 import logging
 import subprocess
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, choices, put_finished, slow
+from conftest import compose as put_together
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -21,10 +23,12 @@ from hydra.test_utils.launcher_common_tests import BatchedSweeperTestSuite, Inte
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from sparsity import config, experiment, stages
+from sparsity import config, experiment
 from sparsity.errors import ConfigError, DivergedError
-from sparsity.experiment import parts as experiment_parts
+from sparsity.experiment import members as members_of
+from sparsity.experiment.plan import Planned
 from sparsity.launcher import PopulationLauncher
+from sparsity.stages import training
 
 NAME = "population"
 SMALL = ("data=digits", "schedule=smoke", "plots=false", "threads=1", "store=null", "precision=float32")
@@ -155,6 +159,7 @@ def test_layers_have_sensitivities_of_each_members_own(members):
     assert cuts[0]["fc2.weight"] == pytest.approx(cuts[1]["fc2.weight"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_one_after_another_is_each_alone_to_the_bit(members):
     differing = [(*own, f"reg.decay={decay}") for own, decay in zip(DIFFERING[:2], (1e-4, 1e-2))]
     together, alone = members(MLP, differing, stacked=False)
@@ -173,14 +178,16 @@ def test_a_population_of_one_and_of_none(members):
 @pytest.mark.slow
 def test_a_member_has_its_own_selected_epoch_and_the_network_of_it(tmp_path, monkeypatch):
     """Finetuning is given other selected networks than the last ones."""
-    finetune = stages.finetune
+    run_loop = training.run_loop
 
-    def selecting(population, parts):
-        trained = finetune(population, parts)
+    def selecting(population, splits, loop, generators, *, select, **more):
+        trained = run_loop(population, splits, loop, generators, select=select, **more)
+        if not select:
+            return trained
         selected = trained.last.map(lambda tensor: tensor * 0)
-        return replace(trained, selected=selected, selected_epoch=list(range(len(parts.seeds))))
+        return replace(trained, selected=selected, selected_epoch=list(range(len(generators))))
 
-    monkeypatch.setattr(stages, "finetune", selecting)
+    monkeypatch.setattr(training, "run_loop", selecting)
     jobs = [job(tmp_path / str(number), *MLP, *own) for number, own in enumerate(DIFFERING)]
     outcomes = experiment.run_members(jobs, stacked=True)
     assert [outcome["accuracy"]["selected"]["epoch"] for outcome in outcomes] == [0, 1, 2]
@@ -209,12 +216,49 @@ def run_jobs(tmp_path, common, differing, **how):
     return experiment.run_jobs(composed, listen=lambda members: contextlib.nullcontext(), **how)
 
 
+KINDS = {  # what differs between two runs, and whether they are of one population
+    "seed=1": True,
+    "sensitivity=0.7": True,
+    "reg.decay=0.5": True,
+    "ramp.from=0.05": True,
+    "rounds=3": False,
+    "schedule.finetune.lr=0.5": False,
+    "schedule.batch_size=7": False,
+    "prune.layers.fc1=0.3": False,  # which layers have one is shared
+    "prune.exclude=[fc1]": False,
+    "prune.scope=network": False,
+    "optimizer.eps=0.5": False,
+    "recipe.finetune.hold=masks": False,
+    "budget.nonzero=50": False,
+}
+
+
+def kind_of(*overrides):
+    return experiment._kind_of(config.read(put_together(overrides)[0], typed=overrides))
+
+
+@pytest.mark.parametrize("change", KINDS)
+def test_members_of_one_population_differ_in_numbers_alone(change):
+    base = ("recipe=iterative", "rounds=2")
+    other = [text for text in base if text.partition("=")[0] != change.partition("=")[0]]
+    assert (kind_of(*base) == kind_of(*other, change)) == KINDS[change]
+
+
+def test_members_of_one_population_may_differ_in_budgets_and_not_in_states():
+    kind = functools.partial(kind_of, "recipe=lottery", "rounds=2")
+    assert kind("budget.nonzero=50") == kind("budget.compression=9", "budget.macs=70") != kind()
+    assert kind("prune.layers.fc1=0.3") == kind("prune.layers.fc1=0.4")
+    assert kind("rewind_to=pretrain@1") != kind("rewind_to=pretrain@2") != kind()
+    assert kind("reg=l1") == kind()  # nothing reads it
+
+
 @pytest.mark.slow
 def test_what_differs_in_more_than_numbers_splits_the_group(tmp_path, monkeypatch):
     groups = []
     train = experiment.run_members
     monkeypatch.setattr(experiment, "run_members", lambda jobs, **how: groups.append(len(jobs)) or train(jobs, **how))
-    common = (*MLP, "stages=[pretrain,prune]", "schedule.pretrain.epochs=1")
+    common = (*MLP, "stages=[pretrain,regularize,prune]")
+    common += tuple(f"schedule.{stage}.epochs=1" for stage in ("pretrain", "regularize"))
     differing = [
         ("seed=1",),
         ("reg=l1",),
@@ -236,7 +280,7 @@ def test_a_job_sees_its_own_hydra(tmp_path):
 
 @pytest.mark.slow
 def test_an_optimizer_that_mixes_entries_takes_members_one_at_a_time(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(experiment_parts, "is_elementwise", lambda optimizer: False)
+    monkeypatch.setattr(training, "is_elementwise", lambda optimizer: False)
     with caplog.at_level("INFO"):
         run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)], stacked=True)
     assert "2 members are trained one after another: the optimizer would mix them" in caplog.text
@@ -244,7 +288,7 @@ def test_an_optimizer_that_mixes_entries_takes_members_one_at_a_time(tmp_path, m
 
 @pytest.mark.slow
 def test_a_network_that_cannot_be_mapped_says_so(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(experiment_parts, "try_step", raising(after=2))
+    monkeypatch.setattr(members_of, "try_step", raising(after=2))
     with caplog.at_level("INFO"):
         run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)], stacked=True)
     assert "one after another: the network cannot be mapped over members (randomness)" in caplog.text
@@ -287,7 +331,7 @@ def test_a_member_with_a_mistake_fails_alone(tmp_path):
 
 @pytest.mark.slow
 def test_a_population_too_large_for_memory_is_split(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(experiment_parts, "_fitting", lambda *arguments: 2)
+    monkeypatch.setattr(members_of, "_fitting", lambda *arguments: 2)
     with caplog.at_level("INFO"):
         outcomes = run_jobs(tmp_path, MLP, [(f"seed={seed}",) for seed in range(3)], stacked=True)
     assert "3 members are trained 2 at a time: more do not fit" in caplog.text
@@ -310,22 +354,20 @@ def test_members_are_trained_as_many_at_a_time_as_is_asked(how, sizes, tmp_path,
 def test_what_is_faster_is_asked_of_a_measurement(pays, tmp_path, monkeypatch):
     found = trained_at_a_time(monkeypatch)
     together = 1.5 if pays else 1.9  # of the time of one member, for two
-    monkeypatch.setattr(experiment_parts, "_seconds", lambda some, parts: together if some.num_members == 2 else 1.0)
+    monkeypatch.setattr(members_of, "_seconds", lambda some, *given: together if some.num_members == 2 else 1.0)
     run_jobs(tmp_path, (*MLP, "stages=[pretrain]"), [("seed=0",), ("seed=1",)])
     assert found == ([2] if pays else [1, 1])
 
 
 def trained_at_a_time(monkeypatch):
     """How many members each stage is run with."""
-    from sparsity.experiment import record
+    run, sizes = Planned.run, []
 
-    stage, sizes = record.run_stage, []
-
-    def noted(name, before, parts):
+    def noted(stage, before, context):
         sizes.append(before.num_members)
-        return stage(name, before, parts)
+        return run(stage, before, context)
 
-    monkeypatch.setattr(record, "run_stage", noted)
+    monkeypatch.setattr(Planned, "run", noted)
     return sizes
 
 
@@ -360,17 +402,15 @@ def test_settings_reach_the_task_and_what_is_said_of_a_member_its_log_alone(tmp_
 
 @pytest.mark.slow
 def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplog):
-    from sparsity.experiment import record
+    run, sizes = Planned.run, []
 
-    stage, sizes = record.run_stage, []
-
-    def crowded(name, before, parts):
+    def crowded(stage, before, context):
         sizes.append(before.num_members)
         if before.num_members > 2:
             raise torch.OutOfMemoryError("no room")
-        return stage(name, before, parts)
+        return run(stage, before, context)
 
-    monkeypatch.setattr(record, "run_stage", crowded)
+    monkeypatch.setattr(Planned, "run", crowded)
     with caplog.at_level("INFO"):
         outcomes = run_jobs(
             tmp_path, (*MLP, "stages=[pretrain]"), [(f"seed={seed}",) for seed in range(3)], stacked=True
@@ -380,11 +420,11 @@ def test_memory_that_runs_out_halves_the_population(tmp_path, monkeypatch, caplo
 
 def test_the_memory_of_a_member_is_counted(tmp_path, monkeypatch):
     jobs = [job(tmp_path / str(seed), *MLP, f"seed={seed}") for seed in range(2)]
-    monkeypatch.setattr(experiment_parts, "free_bytes", lambda device: 4e6)
+    monkeypatch.setattr(members_of, "free_bytes", lambda device: 4e6)
     splits, _ = experiment.load_data(jobs[0].run)
     record = experiment._record(jobs, [{}, {}], splits, torch.device("cpu"), None, lambda *given: 1)
-    loop = next(iter(record.parts.loops.values()))
-    fitting = experiment_parts._fitting(record.population, record.parts, record.graph, loop)
+    loop = record.stages[0].loop(record.population, record.context)
+    fitting = members_of._fitting(record.population, record.context, loop)
     weights, units = 784 * 12 + 12 + 12 * 10 + 10, 22
     assert fitting == int(2e6 / (4 * (10 * weights + loop.batch_size * (6 * units + 784))))
 

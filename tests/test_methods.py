@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, choices, layers, slow
 from omegaconf import OmegaConf
 
-from sparsity import config
+from sparsity import config, nodes
 from sparsity.tensors import from_view, layouts, to_view
 
 KINDS = list(layers())
@@ -19,13 +19,13 @@ RULES = choices("prune")
 
 def regularizer(name):
     node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty)
-    return config.check("reg.penalty", node, config.Penalty).partial()
+    return config.check("reg.penalty", node, nodes.Penalty).partial()
 
 
 def rule(name):
     node = OmegaConf.load(ROOT / "conf" / "prune" / f"{name}.yaml")
     values = OmegaConf.to_container(node.prune)
-    return node.sensitivity, config.check("prune", values, config.Rule)
+    return node.sensitivity, config.check("prune", values, nodes.Rule)
 
 
 def weight_of(kind, seed=0):
@@ -142,7 +142,7 @@ def masks_of(chosen, views, sensitivity):
 @pytest.mark.parametrize("name", RULES)
 class TestRules:
     def sensitivities(self, chosen):
-        high = config.sensitivity_range(chosen.rule).high or 3.0
+        high = nodes.sensitivity_range(chosen.rule).high or 3.0
         return torch.linspace(0, high, 9, dtype=torch.float64)
 
     def views(self, kind, seed=0):

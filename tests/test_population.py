@@ -22,11 +22,18 @@ HIGH = {"percentile": 0.9, "threshold": 0.02, "group_threshold": 0.02}
 
 def members(tmp_path, name, *overrides):
     """Three runs that differ in seed, decay and sensitivity, and their results together and alone."""
-    runs = []
-    for index in range(3):
-        run = read(*SMOOTH, "model=mlp", "model.factory.hidden=[24,16]", *overrides)
-        run = replace(run, seed=index, sensitivity=HIGH.get(run.name["prune"], 0.5) * (1 + index / 20))
-        runs.append(replace(run, reg=replace(run.reg, decay=run.reg.decay * (index + 1))))
+    base = (*SMOOTH, "model=mlp", "model.factory.hidden=[24,16]", *overrides)
+    first = read(*base)
+    sensitivity = HIGH.get(first.name["prune"], 0.5)
+    runs = [
+        read(
+            *base,
+            f"seed={index}",
+            f"sensitivity={sensitivity * (1 + index / 20)}",
+            f"reg.decay={first.reg.decay * (index + 1)}",
+        )
+        for index in range(3)
+    ]
     together = run_members(
         [Job(run, tmp_path / "together" / str(index)) for index, run in enumerate(runs)], stacked=True
     )
@@ -78,9 +85,11 @@ def test_convolutions(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_member_that_diverges_fails_alone(tmp_path):
-    run = read(*SMALL, "model=mlp", "model.factory.hidden=[24]", "reg=l1")
-    runs = [run, replace(run, reg=replace(run.reg, decay=1e38)), replace(run, seed=1)]
+    base = (*SMALL, "model=mlp", "model.factory.hidden=[24]", "reg=l1")
+    runs = [read(*base, *own) for own in ([], ["reg.decay=1e38"], ["seed=1"])]
+    run = runs[0]
     outcomes = run_members([Job(each, tmp_path / str(index)) for index, each in enumerate(runs)], stacked=True)
     assert isinstance(outcomes[1], DivergedError)
     assert "regularize" in str(outcomes[1]) and "reg.decay=1e+38" in str(outcomes[1])

@@ -71,3 +71,14 @@ def test_commands_compose():
         if not {"--help", "--config-dir"} & set(typed) and "model=custom" not in typed:
             settings = [text for text in typed if not text.startswith("-")]
             config.compose([text for text in settings if not config.swept_keys([text])])
+
+
+def test_the_recipe_that_it_shows_is_one(tmp_path):
+    yaml = re.search(r"```yaml\n(# @package _global_\ndefaults: \[standard\].*?)```", README, re.DOTALL)[1]
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "tuned_twice.yaml").write_text(yaml)
+    where = [f"hydra.searchpath=[file://{tmp_path}]", "recipe=tuned_twice", "schedule.finetune.lr=0.5"]
+    composed, hydra = config.compose(where)
+    run = config.read(composed, choices=hydra.runtime.choices, typed=where)
+    assert [stage.name for stage in run.recipe] == ["pretrain", "prune", "finetune", "prune-2", "finetune-2", "polish"]
+    assert run.recipe[2].call.numbers["schedule"].lr == 0.5 and run.recipe[-1].call.numbers["schedule"].epochs == 5

@@ -6,12 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from conftest import ROOT
 
 LEVELS = [
-    {"errors", "processes", "kinds", "uses", "front", "memory", "streams"},
-    {"files", "tensors", "tables"},
-    {"models", "data", "regularizers", "pruning", "schedules", "graph", "capture"},
+    {"errors", "processes", "kinds", "uses", "front", "memory", "streams", "schedules"},
+    {"files", "tensors", "tables", "nodes", "limits"},
+    {"models", "data", "regularizers", "pruning", "graph", "capture"},
     {"population", "weights"},
     {"step"},
     {"evaluation"},
@@ -32,11 +33,15 @@ def imports_of(room):
     """The modules that a room's files import, anywhere in them."""
     folder = ROOT / "sparsity" / room
     for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom):
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
-            elif isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
+        yield from _imports_in(path)
+
+
+def _imports_in(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
 
 
 def level_of(room):
@@ -60,6 +65,39 @@ def test_imports_go_down(room):
         parts = module.split(".")
         if parts[0] == "sparsity" and parts[1] in ROOMS and parts[1] != room:
             assert level_of(parts[1]) < level_of(room), f"{room} imports {module}"
+
+
+def test_no_file_imports_itself_by_others():
+    """Imports inside functions and for types alone count too."""
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "sparsity").rglob("*.py")
+    }
+    imported = {name: {_file_of(module, files) for module in _imports_in(path)} for name, path in files.items()}
+    waiting = {name: found - {None, name, "sparsity"} for name, found in imported.items()}
+    while ready := {name for name, found in waiting.items() if not found & waiting.keys()}:
+        waiting = {name: found for name, found in waiting.items() if name not in ready}
+    assert not waiting
+
+
+def _file_of(module, files):
+    """The file of an imported name: a module, or one that defines the name."""
+    return module if module in files else module.rpartition(".")[0] if module.rpartition(".")[0] in files else None
+
+
+NAMES = {
+    name
+    for path in (ROOT / "conf" / "recipe").glob("*.yaml")
+    for name in yaml.safe_load(path.read_text()).get("recipe", {})
+}
+
+
+def test_no_string_names_a_stage():
+    """Stages are known by what they do; `train` is the name of a set of images too."""
+    assert {"pretrain", "regularize", "prune", "finetune", "rewind"} <= NAMES
+    for path in (ROOT / "sparsity").rglob("*.py"):
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not strings & (NAMES - {"train"}), path
 
 
 @pytest.mark.parametrize("room", sorted(set(ROOMS) - KNOW_HYDRA))

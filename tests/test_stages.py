@@ -4,18 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import context_of, rule_node
+from test_training import splits
 from torch import nn
 
 from sparsity import pruning, stages
 from sparsity.graph import trace
+from sparsity.nodes import Call, StageSchedule
 from sparsity.population import stack
+from sparsity.stages.holding import holding, holding_zeros
 
 SMALLEST = 2.0**-149  # of float32: a denormal
-
-
-def rule_of(function, names, sensitivity, structural=False):
-    pools = [(names, torch.tensor([sensitivity]))]
-    return stages.Rule(stages.Method(function), None, False, structural, pools)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
@@ -23,14 +22,13 @@ def test_denormals_are_compared_as_numbers_where_they_are_flushed(threads):
     population = stack([nn.Linear(500, 200)])
     sizes = (SMALLEST * torch.arange(4, dtype=torch.float64)).float().repeat(200, 125)
     population.parameters["weight"] = sizes.unsqueeze(0)
-    rule = rule_of(pruning.threshold, ["weight"], 2 * SMALLEST)
-    parts = stages.Ingredients(None, {}, None, rule, [0], lambda stage: None)
+    rule = rule_node(pruning.threshold)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
     try:
-        pruned = stages.prune(population, parts).population
-        held = stages._holding_zeros(pruned)
+        pruned = stages.prune(population, context_of(), rule=[rule], sensitivity=[2 * SMALLEST]).population
+        held = holding_zeros(pruned)
         assert not bool(torch.ones((), dtype=torch.int32).view(torch.float32) != 0)  # flushed as before
         assert torch.get_num_threads() == threads
     finally:
@@ -60,10 +58,8 @@ class Separable(nn.Module):
 def group_pruned(module, shape, function=pruning.group_threshold, sensitivity=0.01, excluded=()):
     images = torch.rand(2, *shape)
     population = stack([module], "cpu", images)
-    names = [name for name, layout in population.layouts.items() if layout.kind == "weight" and name not in excluded]
-    rule = replace(rule_of(function, names, sensitivity, structural=True), excluded=frozenset(excluded))
-    parts = stages.Ingredients(None, {}, None, rule, [0], lambda stage: None, trace(module, images).units)
-    return stages.prune(population, parts).population, parts
+    rule, graph = rule_node(function, structural=True, exclude=list(excluded)), trace(module, images)
+    return stages.prune(population, context_of(graph), rule=[rule], sensitivity=[sensitivity]).population, graph
 
 
 def shrunk(module, rows):
@@ -120,10 +116,10 @@ def test_rules_that_do_not_ask_which_filters_stay_leave_outputs_alone_too():
 
 def test_what_went_with_a_filter_is_held_at_zero():
     module = shrunk(Separable(), {"conv.weight": [0, 3]})
-    population, parts = group_pruned(module, (1, 8, 8))
-    held = stages._holding_zeros(population, parts.units).masks
+    population, graph = group_pruned(module, (1, 8, 8))
+    held = holding_zeros(population, graph.units).masks
     given = replace(population, masks={})  # as from a file
-    again = stages._holding_zeros(given, parts.units).masks
+    again = holding_zeros(given, graph.units).masks
     for masks in (held, again):
         assert not masks["norm.weight"][0, [0, 3]].any() and not masks["norm.bias"][0, [0, 3]].any()
         assert masks["norm.weight"].sum() == masks["norm.bias"].sum() == 4
@@ -133,5 +129,89 @@ def test_zeros_of_a_normalisation_that_hears_something_are_trained():
     module = Separable()
     nn.init.zeros_(module.norm.weight)
     images = torch.rand(2, 1, 8, 8)
-    masks = stages._holding_zeros(stack([module], "cpu", images), trace(module, images).units).masks
+    masks = holding_zeros(stack([module], "cpu", images), trace(module, images).units).masks
     assert "norm.weight" not in masks or masks["norm.weight"].all()
+
+
+# --- rounds ----------------------------------------------------------------------------------------------------------
+
+
+def linear(*sizes, masks=None):
+    """A population of one linear layer with weights of some sizes."""
+    population = stack([nn.Linear(len(sizes), 1, bias=False)])
+    masks = {} if masks is None else {"weight": torch.tensor([[masks]], dtype=torch.bool)}
+    return replace(population, parameters={"weight": torch.tensor([[sizes]])}, masks=masks)
+
+
+@pytest.mark.parametrize("function", [pruning.std, pruning.group_std])
+def test_a_multiple_of_the_standard_deviation_is_of_what_is_left(function):
+    given = linear(1.0, 3.0, 0.0, 0.0, masks=[1, 1, 0, 0])
+    node = rule_node(function, cut=pruning.std_cut)
+    images = torch.rand(2, 4)
+    context = context_of(trace(given.module, images))
+    outcome = stages.prune(given, context, rule=[node], sensitivity=[2.0])
+    assert outcome.notes[0]["stds"] == {"weight": 1.0} and outcome.notes[0]["thresholds"] == {"weight": 2.0}
+    whole = stages.prune(replace(given, masks={}), context, rule=[node], sensitivity=[2.0])
+    assert whole.notes[0]["stds"] == {"weight": pytest.approx(1.5**0.5)}
+    if function is pruning.std:
+        assert outcome.population.parameters["weight"].tolist() == [[[0, 3, 0, 0]]]
+        assert outcome.population.masks["weight"].tolist() == [[[False, True, False, False]]]
+
+
+@pytest.mark.parametrize("function", [pruning.threshold, pruning.group_threshold])
+def test_what_was_pruned_before_stays_pruned_whatever_it_is_now(function):
+    given = linear(5.0, 3.0, 4.0, masks=[0, 1, 1])
+    context = context_of(trace(given.module, torch.rand(2, 3)))
+    after = stages.prune(given, context, rule=[rule_node(function)], sensitivity=[3.5]).population
+    assert after.masks["weight"].tolist() == [[[False, False, True]]]
+    assert after.parameters["weight"].tolist() == [[[0, 0, 4]]] and after.masks["weight"].dtype is torch.bool
+
+
+def test_rewinding_gives_an_earlier_state_pruned_as_now():
+    torch.manual_seed(0)
+    start, now = (stack([nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))]) for _ in range(2))
+    now = replace(now, masks={"0.weight": torch.rand(1, 4, 3) > 0.5})
+    now.buffers["1.running_mean"].fill_(7)
+    context = replace(context_of(), states={"start": start, "other": now})
+    after = stages.rewind(now, context, to="start").population
+    mask = now.masks["0.weight"]
+    assert torch.equal(after.parameters["0.weight"], start.parameters["0.weight"] * mask) and not mask.all()
+    for name in ("0.bias", "1.weight", "1.bias"):
+        assert torch.equal(after.parameters[name], start.parameters[name])
+    assert not after.buffers["1.running_mean"].any() and torch.equal(after.masks["0.weight"], mask)
+    for name, buffer in after.buffers.items():
+        buffer.add_(1)
+        assert not torch.equal(buffer, start.buffers[name])  # the state itself is still of use
+
+
+def test_what_a_stage_holds():
+    population = stack([nn.Linear(3, 2)])
+    population.parameters["weight"][0, 0, 0] = 0  # never pruned
+    population.parameters["bias"][0, 1] = 0
+    pruned = replace(population, masks={"weight": torch.tensor([[[True, True, False], [True, True, True]]])})
+    pruned.parameters["weight"][0, 0, 2] = 0
+    assert holding(pruned, "masks", None).masks == pruned.masks
+    zeros = holding(pruned, "zeros", None).masks
+    assert zeros["weight"].tolist() == [[[False, True, False], [True, True, True]]]
+    assert zeros["bias"].tolist() == [[True, False]]
+    assert holding(pruned, "none", None).masks == {}
+
+
+@pytest.mark.parametrize("hold", ["masks", "zeros", "none"])
+def test_training_holds_what_its_node_says(hold):
+    data = splits()
+    given = stack([nn.Sequential(nn.Flatten(), nn.Linear(36, 2))], "cpu", data.example())
+    weight, bias = given.parameters["1.weight"], given.parameters["1.bias"]
+    weight[0, 0, :20], bias[0, 0] = 0, 0
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[0, 0, :10] = False
+    given = replace(given, masks={"1.weight": mask})
+    context = context_of(trace(given.module, data.example()), data, stage="tune")
+    schedule = StageSchedule(epochs=2, lr=0.01, shape="constant", warmup=0.0, weight_decay=0.0)
+    adam = Call("optimizer", "torch.optim.Adam", torch.optim.Adam, {})
+    outcome = stages.train(given, context, schedule=schedule, batch_size=16, optimizer=adam, hold=hold)
+    after = outcome.population
+    is_zero = after.parameters["1.weight"][0, 0, :20] == 0
+    assert is_zero[:10].all() == (hold != "none") and is_zero[10:].all() == (hold == "zeros")
+    assert (after.parameters["1.bias"][0, 0] == 0) == (hold == "zeros") and outcome.did == ()
+    assert (after.masks == {}) == (hold == "none")  # and later stages hold nothing either

@@ -16,7 +16,7 @@ from sparsity.data import cut
 from sparsity.models import build
 from sparsity.population import stack
 from sparsity.schedules import learning_rate
-from sparsity.stages import total_penalty
+from sparsity.stages.training import total_penalty
 from sparsity.step import Penalty, is_elementwise
 from sparsity.training import Loop, train
 

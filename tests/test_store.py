@@ -15,11 +15,12 @@ from pathlib import Path
 import filelock  # noqa: F401 (another user may not be allowed to import it)
 import pytest
 import torch
+from conftest import compose, slow
 
 from sparsity import store
 from sparsity.errors import ConfigError
 from sparsity.store import Kept, Store
-from sparsity.store.__main__ import entries, keys_in_use, main, to_clean
+from sparsity.store.__main__ import _made_of, entries, keys_in_use, main, to_clean
 
 INGREDIENTS = {"stage": "pretrain", "seed": 3, "before": {"model": {"target": "sparsity.models.mlp"}}}
 KEY = store.key_of(INGREDIENTS)
@@ -154,6 +155,31 @@ def test_what_a_stage_says_of_itself_is_one_line_of_the_list(filled, capsys):
     filled.keep("pretrain", store.key_of(ingredients), ingredients, kept=kept())
     assert main(["--store", str(filled.folder), "list"]) == 0
     assert r"seed=[red]one\ntwo\x1b[2J" in capsys.readouterr().out
+
+
+def test_the_list_says_what_stages_are_made_of(tmp_path):
+    from sparsity import config
+    from sparsity.experiment import stage_keys
+
+    def made_of(*overrides):
+        run = config.read(compose([*SMALL, *overrides])[0], typed=overrides)
+        found = stage_keys(run, "images", "cpu", "float32")
+        plain = {name: json.loads(json.dumps(key.ingredients, default=str)) for name, key in found.items()}
+        return {name: " ".join(_made_of(own)).partition(" after ")[0] for name, own in plain.items()}
+
+    rounds = ("rounds=2", "schedule.pretrain.epochs=3")
+    assert made_of("recipe=iterative", *rounds, "sensitivity=0.5", "reg=l1", "reg.decay=0.01") == {
+        "pretrain": "mlp seed=0 epochs=3",
+        "regularize": "seed=0 l1 decay=0.01 epochs=20",
+        "prune": "seed=0 std sensitivity=0.158114",
+        "finetune": "seed=0 epochs=10",
+        "regularize-2": "seed=0 l1 decay=0.01 epochs=20",
+        "prune-2": "seed=0 std sensitivity=0.5",
+        "finetune-2": "seed=0 epochs=10",
+    }
+    found = made_of("recipe=lottery", *rounds, "rewind_to=pretrain@2", "budget.compression=9")
+    assert found["pretrain@2"] == "mlp seed=0 epochs=2 of 3" and found["rewind"] == "seed=0 to=pretrain@2"
+    assert found["prune"] == "seed=0 std compression=9 share=0.5" and found["prune-2"] == "seed=0 std compression=9"
 
 
 def test_a_check_of_the_askers_own_sets_aside_too(filled, caplog):
@@ -331,8 +357,8 @@ def keys():
 
     @functools.cache
     def keys(*overrides):
-        composed, _ = config.compose(["data=digits", "schedule=smoke", "precision=float32", *SMALL, *overrides])
-        run = config.read(composed)
+        composed, _ = compose(["data=digits", "schedule=smoke", "precision=float32", *SMALL, *overrides])
+        run = config.read(composed, typed=overrides)
         found = stage_keys(run, load_data(run)[1], "cpu", precision_of(run, torch.device("cpu")))
         return {stage: key.key for stage, key in found.items()}
 
@@ -351,7 +377,7 @@ def test_keys_follow_the_device_and_the_format_of_the_store(monkeypatch):
     from sparsity import config
     from sparsity.experiment import stage_keys
 
-    run = config.read(config.compose(SMALL)[0])
+    run = config.read(compose(SMALL)[0])
     before, there = stage_keys(run, "images", "cpu", "float32"), stage_keys(run, "images", "cuda", "float32")
     monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
     later = stage_keys(run, "images", "cpu", "float32")
@@ -366,7 +392,7 @@ def test_keys_follow_the_code_of_every_method(part, first, monkeypatch):
     from sparsity import config
     from sparsity.experiment import stage_keys
 
-    run, code_of = config.read(config.compose(SMALL)[0]), store.code_of
+    run, code_of = config.read(compose(SMALL)[0]), store.code_of
     before = stage_keys(run, "images", "cpu", "float32")
     monkeypatch.setattr(store, "code_of", lambda t, f: {"edited": ""} if f.__name__ == part else code_of(t, f))
     after = stage_keys(run, "images", "cpu", "float32")
@@ -382,7 +408,7 @@ def test_keys_follow_what_a_weights_file_holds_and_not_its_name(tmp_path):
 
     def key(name, content):
         (tmp_path / name).write_bytes(content)
-        run = config.read(config.compose(SMALL)[0])
+        run = config.read(compose(SMALL)[0])
         run = replace(run, model=replace(run.model, weights=str(tmp_path / name)))
         return stage_keys(run, "images", "cpu", "float32")["finetune"].key
 
@@ -391,6 +417,86 @@ def test_keys_follow_what_a_weights_file_holds_and_not_its_name(tmp_path):
 
 def test_a_decay_without_a_penalty_changes_no_key(keys):
     assert keys("reg=none") == keys("reg=none", "reg.decay=0.5")
+
+
+WITHOUT_EFFECT = {  # on a recipe's keys: what no listed stage's node mentions, and what rounds are made of
+    "standard": ["rounds=5", "rewind_to=pretrain@1", "ramp.curve=cubic", "ramp.from=0.05"],
+    "magnitude": ["reg=l1", "reg.decay=0.5", "schedule.regularize.epochs=7"],
+    "at_init": ["schedule.finetune.lr=0.5", "schedule.regularize.lr=0.5", "reg.apply_to=[weight]"],
+    "lottery": ["schedule.finetune.lr=0.5", "ramp.from=0.1", "reg=l1", "prune.search.sensitivity='interval(0.2,0.3)'"],
+}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override"),
+    [
+        pair
+        for name, (first, *more) in WITHOUT_EFFECT.items()
+        for pair in ((name, first), *slow(*((name, text) for text in more)))
+    ],
+)
+def test_what_no_listed_stage_reads_changes_no_key(recipe, override, keys):
+    base = (f"recipe={recipe}", "rounds=1") if recipe != "standard" else ()
+    assert keys(*base) == keys(*base, override)
+
+
+def test_recipes_share_the_stages_that_are_alike(keys):
+    standard, magnitude, lottery = (
+        keys(f"recipe={name}", "prune=std") for name in ("standard", "magnitude", "lottery")
+    )
+    assert standard["pretrain"] == magnitude["pretrain"] == lottery["pretrain"]
+    assert magnitude["prune"] == lottery["prune"] != standard["prune"]  # what comes before it is another
+    assert keys("recipe=magnitude", "reg=l1", "prune=std") == magnitude
+    assert keys("stages=[pretrain,prune,finetune]") == magnitude
+
+
+def test_rounds_share_what_does_not_depend_on_their_number(keys):
+    constant = ("recipe=iterative", "ramp.curve=constant")
+    few, many = keys(*constant, "rounds=2"), keys(*constant, "rounds=4")
+    assert few.items() <= many.items() and len(set(many.values())) == len(many) == 13
+    share = ("recipe=lottery", "prune=percentile", "sensitivity=0.2")
+    assert keys(*share, "rounds=2").items() <= keys(*share, "rounds=3").items()
+    rising = ("recipe=iterative", "ramp.curve=geometric")
+    few, many = keys(*rising, "rounds=2"), keys(*rising, "rounds=4")
+    assert {name for name in few if few[name] == many[name]} == {"pretrain", "regularize"}
+
+
+def test_the_last_rounds_strength_is_of_the_last_round_alone(keys):
+    base = ("recipe=iterative", "rounds=3", "ramp.curve=constant", "ramp.from=0.1")
+    one, other = keys(*base, "sensitivity=0.3"), keys(*base, "sensitivity=0.6")
+    assert [name for name in one if one[name] != other[name]] == ["prune-3", "finetune-3"]
+    base = ("recipe=iterative", "rounds=3", "ramp.curve=constant", "ramp.from=0.3")
+    one, other = keys(*base, "budget.compression=9"), keys(*base, "budget.compression=11")
+    assert [name for name in one if one[name] != other[name]] == ["prune-3", "finetune-3"]
+
+
+def test_a_sensitivity_does_not_count_where_a_budget_holds(keys):
+    assert keys("budget.nonzero=50", "prune=std") == keys("prune=std", "budget={nonzero:50}", "sensitivity=null")
+    one, other = keys("budget.nonzero=50"), keys("budget.nonzero=51")
+    assert [name for name in one if one[name] != other[name]] == ["prune", "finetune"] and one != keys()
+
+
+def test_a_state_has_a_key_of_its_own_and_counts_where_it_is_named(keys):
+    base = ("recipe=lottery", "rounds=2", "schedule.pretrain.epochs=3")
+    found = {to: keys(*base, f"rewind_to={to}") for to in ("start", "pretrain", "pretrain@1", "pretrain@2")}
+    assert "pretrain@1" not in found["start"] and "pretrain@1" not in found["pretrain"]
+    assert len({*found["pretrain@1"].values(), found["pretrain@2"]["pretrain@2"]}) == len(found["pretrain@1"]) + 1
+    for name in ("pretrain", "prune"):
+        assert len({each[name] for each in found.values()}) == 1
+    for name in ("rewind", "train", "prune-2", "rewind-2", "train-2"):
+        assert len({each[name] for each in found.values()}) == 4
+    longer = keys(*base, "rewind_to=pretrain@1", "schedule.pretrain.epochs=4")
+    assert longer["pretrain@1"] != found["pretrain@1"]["pretrain@1"]  # its learning rate is the whole schedule's
+
+
+def test_a_key_follows_the_numbers_of_a_node_wherever_they_are_typed(keys):
+    literal = "recipe.finetune.schedule={epochs:2,lr:0.001,shape:cosine,warmup:0.0,weight_decay:0.0}"
+    typed = [
+        f"schedule.finetune.{text}" for text in ("epochs=2", "lr=0.001", "shape=cosine", "warmup=0", "weight_decay=0")
+    ]
+    assert keys(literal) == keys(*typed) != keys(*typed[:1], "schedule.finetune.lr=0.002")
+    held = keys("recipe.finetune.hold=masks")
+    assert [name for name in held if held[name] != keys()[name]] == ["finetune"]
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -483,6 +589,7 @@ def stage_kept():
     population = stack([build(partial(mlp, hidden=[3]), (1, 2, 2), 2, 0)])
     row = {"epoch": 0, "loss": None, "penalty": None, "objective": None, "validation": 0.5, "test": 0.5, "lr": 1.0}
     note = {
+        "did": ["masked"],
         "history": [{**row, "seconds": 0.1}],
         "selected_epoch": 0,
         "diverged": None,
@@ -508,6 +615,7 @@ WRONG_NOTES = {
     "no such epoch": lambda note: note.update(selected_epoch=7),
     "epoch in words": lambda note: note.update(selected_epoch="first"),
     "diverged": lambda note: note.update(diverged=1),
+    "deeds that are none": lambda note: note.update(did=["danced"]),
     "no circumstances": lambda note: note.update(computed_with=None),
 }
 
@@ -517,11 +625,11 @@ def test_notes_that_lack_what_a_result_takes_are_refused(name, stage_kept):
     from sparsity.experiment.stored import check
 
     tensors, note, population = stage_kept
-    check("finetune", Kept(tensors, note), population)
+    check(Kept(tensors, note), population)
     note = copy.deepcopy(note)
     WRONG_NOTES[name](note)
     with pytest.raises((store.Damaged, LookupError, TypeError, ValueError, AttributeError)):
-        check("finetune", Kept(tensors, note), population)
+        check(Kept(tensors, note), population)
 
 
 @pytest.mark.parametrize("thresholds", [None, {"fc1.weight": "0.2"}, {"fc1.weight": [0.2]}])
@@ -529,9 +637,9 @@ def test_notes_of_pruning_are_refused(thresholds, stage_kept):
     from sparsity.experiment.stored import check
 
     tensors, note, population = stage_kept
-    check("prune", Kept(tensors, note), population)
+    check(Kept(tensors, note), population)
     with pytest.raises((store.Damaged, AttributeError)):
-        check("prune", Kept(tensors, {**note, "thresholds": thresholds}), population)
+        check(Kept(tensors, {**note, "thresholds": thresholds}), population)
 
 
 @pytest.mark.parametrize(
@@ -550,10 +658,10 @@ def test_tensors_that_are_not_the_networks_are_refused(change, stage_kept):
     from sparsity.experiment.stored import check
 
     tensors, note, population = stage_kept
-    check("finetune", Kept({**tensors, "masks.fc1.weight": torch.ones(3, 4) > 0}, note), population)
+    check(Kept({**tensors, "masks.fc1.weight": torch.ones(3, 4) > 0}, note), population)
     changed = {name: tensor for name, tensor in {**tensors, **change}.items() if tensor is not None}
     with pytest.raises(store.Damaged, match="tensors are not the network's"):
-        check("finetune", Kept(changed, note), population)
+        check(Kept(changed, note), population)
 
 
 def test_a_result_says_what_its_stages_were_computed_with(run, tmp_path, caplog, monkeypatch):

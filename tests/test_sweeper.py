@@ -1,4 +1,4 @@
-"""The search: what it asks for, how it goes on where it was, and what it refuses; no member is trained here."""
+"""The search: what it asks for, how it resumes, and what it refuses; no member is trained here."""
 
 import copy
 import dataclasses
@@ -23,7 +23,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
-from sparsity import config
+from sparsity import config, nodes
 from sparsity.errors import ConfigError, DivergedError, SparsityError
 from sparsity.sweeper import search, space, storage
 from sparsity.sweeper.search import Search
@@ -207,6 +207,41 @@ def test_ranges_stand_beside_their_numbers_and_the_command_line_wins(searching):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "ranged"),
+    [
+        (["recipe=magnitude"], ["sensitivity"]),
+        (["recipe=iterative", "rounds=2"], ["reg.decay", "sensitivity"]),
+        (["recipe=lottery", "reg=hs"], ["sensitivity"]),
+        (["budget.compression=50"], ["reg.decay"]),
+        (["budget.compression=tag(log,interval(10,300))"], ["budget.compression", "reg.decay"]),
+        (["recipe=magnitude", "budget.nonzero=int(interval(10,300))"], ["budget.nonzero"]),
+        (["stages=[pretrain,regularize]"], ["reg.decay"]),
+    ],
+)
+def test_numbers_that_no_stage_reads_are_not_searched(overrides, ranged, searching):
+    _, study = searching(*overrides, answer=lambda _: (0.5, 2.0), n_trials=1)
+    assert sorted(study.trials[0].distributions) == ranged
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["recipe=magnitude", "budget.compression=10"], "search=pareto has nothing to search: give a range"),
+        (["recipe=magnitude", "reg.decay=interval(1e-5,1e-3)"], "reg.decay is searched, and no stage reads it"),
+        (["rounds=range(1,4)"], "rounds is searched, and no stage reads it"),
+        (["budget.compression=10", "sensitivity=interval(0.1,1)"], "budget.compression takes the place of sensitivity"),
+        (["budget.compression=interval(0.1,3)"], "budget.compression must be a number ≥ 1, got 0.1"),
+        (["budget.nonzero=interval(1,3)"], "budget.nonzero must be a whole number .*: give 'budget.nonzero=range"),
+    ],
+)
+def test_a_search_over_what_has_no_effect_is_refused(overrides, line, searching):
+    with pytest.raises(ConfigError, match=line):
+        searching(*overrides, n_trials=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", choices("reg"))
 def test_every_regularizer_can_be_searched(name, searching):
     launcher, _ = searching(f"reg={name}", n_trials=1)
@@ -217,7 +252,7 @@ def test_every_regularizer_can_be_searched(name, searching):
 @pytest.mark.parametrize("name", choices("prune"))
 def test_every_rule_can_be_searched(name, searching):
     _, study = searching(f"prune={name}", n_trials=1)
-    interval = config.sensitivity_range(config.read(config.compose([f"prune={name}"])[0]).prune.rule)
+    interval = nodes.sensitivity_range(config.read(config.compose([f"prune={name}"])[0]).prune.rule)
     space = study.trials[0].distributions["sensitivity"]
     assert space.low in interval and space.high in interval
 
@@ -285,8 +320,8 @@ def test_finished_members_whose_results_are_gone_are_run_again(searching, tmp_pa
     assert named.asked == []  # where the user names folders, nobody else knows them
 
 
-@pytest.mark.parametrize("method", ["set_user_attr", "_suggest"])
-@pytest.mark.parametrize("second", [0, *slow(1), 2, *slow(3)])
+@pytest.mark.parametrize("method", ["set_user_attr", *slow("_suggest")])
+@pytest.mark.parametrize("second", [0, *slow(1, 2, 3)])
 def test_a_search_that_dies_while_it_asks_loses_no_point_and_no_folder(method, second, searching, monkeypatch):
     monkeypatch.setattr(search, "this_process", lambda: {"host": socket.gethostname(), "pid": 2**22, "started": 0.0})
     real = getattr(search.Trial, method)
@@ -338,7 +373,9 @@ def failing(error, when):
     return answer
 
 
-@pytest.mark.parametrize("error", [DivergedError("nan in epoch 2"), RuntimeError("out of memory"), MemoryError("all")])
+@pytest.mark.parametrize(
+    "error", [DivergedError("nan in epoch 2"), *slow(RuntimeError("out of memory"), MemoryError("all"))]
+)
 def test_a_member_that_fails_takes_no_other_down(error, searching, caplog):
     with pytest.raises(SparsityError, match=f"1 of 6 members failed; member 1: .*{error}"):
         searching(answer=failing(error, {1}))
@@ -384,7 +421,7 @@ def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch
         raise optuna.exceptions.StorageInternalError from OSError(28, "No space left on device")
 
     monkeypatch.setattr(Search, "_launch", full)
-    with pytest.raises(ConfigError, match=r"storage=.* cannot be written \(.*No space left.*the same command goes on"):
+    with pytest.raises(ConfigError, match=r"storage=.* cannot be written \(.*No space left.*the same command resumes"):
         searching()
 
 
@@ -443,9 +480,11 @@ def test_nothing_to_search(searching):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        (
-            "sensitivity=interval(0.1,0.2)",
-            r"searches sensitivity in tag\(log, interval\(0.01, 1\)\), asked is interval",
+        *slow(
+            (
+                "sensitivity=interval(0.1,0.2)",
+                r"searches sensitivity in tag\(log, interval\(0.01, 1\)\), asked is interval",
+            ),
         ),
         pytest.param("reg.decay=0.1", "searches reg.decay in .*, asked is no range", marks=pytest.mark.slow),
         pytest.param("objectives=[accuracy,macs]", "has objectives=", marks=pytest.mark.slow),
@@ -681,6 +720,7 @@ def test_what_is_written_behind_a_cut_is_kept(rest, tmp_path):
     assert optuna.get_all_study_names(storage_of(f"journal:///{journal}")) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_journal_that_is_damaged_in_its_midst_is_refused_in_a_line(searching, tmp_path):
     searching(n_trials=2)
     journal = tmp_path / "studies.log"

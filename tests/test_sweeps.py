@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,17 +24,19 @@ from sparsity.results import members, page, pareto, table
 from sparsity.results.__main__ import main
 from sparsity.results.members import read_sweep
 from sparsity.results.points import dominated_volume, front_of, points_of, smallest
-from sparsity.results.sweeps import read, summarise
+from sparsity.results.summaries import read
+from sparsity.results.sweeps import summarise
 
 NOTHING = {"validation": None, "test": None}
 TOTAL = 266200
 RESULT = {
-    "format": 1,
+    "format": 2,
     "name": {"model": "lenet300", "reg": "hs", "prune": "std"},
     "stages": ["pretrain", "regularize", "prune", "finetune"],
+    "stages_run": [{"name": "finetune", "function": "train", "did": ["selected"], "accuracy": NOTHING, "seconds": 0.5}],
     "seed": 0,
     "accuracy": {"dense": NOTHING, "best": {"test": 0.99, "epoch": 3}, "final": NOTHING},
-    "selection": "finetuning epoch 2, selected by validation accuracy",
+    "selection": "epoch 2 of finetune, selected by validation accuracy",
     "nonzero": {"weights": 1, "parameters": 1},
     "total": {"weights": TOTAL, "parameters": 266610},
     "compression": {"weights": None, "parameters": None},
@@ -263,6 +266,25 @@ def test_several_sweeps_together(sweep, tmp_path, capsys):
 # --- interrupted, failed, damaged ------------------------------------------------------------------------------------
 
 
+def test_results_of_the_first_version_stand_in_the_same_tables(sweep, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(sweep, old)
+    for path in old.rglob("result.json"):
+        result = json.loads(path.read_text())
+        del result["stages_run"]
+        selection = "finetuning epoch 2, selected by validation accuracy"
+        path.write_text(json.dumps({**result, "format": 1, "selection": selection}))
+    new, first = read([sweep]), read([old])
+    assert [point.mean("accuracy.final.test") for point in first.front] == [
+        point.mean("accuracy.final.test") for point in new.front
+    ]
+    assert len(first.points) == len(new.points) == 4
+    assert summarise([sweep, old], out=tmp_path / "both") is not None
+    rows = rows_of(tmp_path / "both")
+    assert len(rows) == 24 and {row["status"] for row in rows} == {"done"}
+    assert not [key for key in rows[0] if key.startswith(("stages_run", "format"))]
+
+
 def test_failed_and_unfinished_members_are_counted(sweep, tmp_path, capsys):
     head(sweep, swept=["reg.decay"], total=20)
     failed(sweep / "12", ["reg.decay=9"])
@@ -290,7 +312,7 @@ def test_nothing_finished_is_a_line(tmp_path, capsys):
         ('{"format": 1, "accur', "is damaged"),
         ("[]", "holds no object"),
         ('{"format": 1}', "lacks accuracy"),
-        ('{"format": 7}', "has format 7, and this version reads format 1 only"),
+        ('{"format": 7}', "has format 7, and this version reads formats 1 and 2"),
     ],
 )
 def test_a_damaged_result_is_named_and_left_out(sweep, caplog, text, cause):

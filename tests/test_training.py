@@ -13,7 +13,7 @@ from sparsity.evaluation import evaluate
 from sparsity.models import build
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
-from sparsity.stages import total_penalty
+from sparsity.stages.training import total_penalty
 from sparsity.step import Penalty, try_step
 from sparsity.training import Loop, train
 

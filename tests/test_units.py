@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import slow
+from conftest import context_of, rule_node, slow
 from cutter import cut, kept_images
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,12 +54,8 @@ def disturbed(module, units, seed=1, share=0.3):
 
 def pruned(module, images, rule, excluded=()):
     population = stack([module], "cpu", images)
-    names = [name for name, layout in population.layouts.items() if layout.kind == "weight" and name not in excluded]
-    method = stages.Method(getattr(pruning, rule))
-    graph = trace(module, images)
-    chosen = stages.Rule(method, None, False, True, [(names, torch.tensor([RULES[rule]]))], frozenset(excluded))
-    parts = stages.Ingredients(None, {}, None, chosen, [0], lambda stage: None, graph.units)
-    return stages.prune(population, parts).population, graph
+    graph, node = trace(module, images), rule_node(getattr(pruning, rule), structural=True, exclude=list(excluded))
+    return stages.prune(population, context_of(graph), rule=[node], sensitivity=[RULES[rule]]).population, graph
 
 
 def load(module, population):

@@ -5,44 +5,26 @@ from sparsity.config.grids import check_grid, folder_of_member
 from sparsity.config.mistakes import mistake, said, watch_warnings
 from sparsity.config.options import check_options
 from sparsity.config.paths import at_home, settle, shell_home
-from sparsity.config.reading import idle_hydra, idle_settings, read, sensitivity_range
-from sparsity.config.schema import (
-    STAGES,
-    Call,
-    Data,
-    Factory,
-    Loader,
-    Model,
-    Normalization,
-    Optimizer,
-    Penalty,
-    PruningRule,
-    Regularizer,
-    Rule,
-    Run,
-    Schedule,
-    StageSchedule,
-)
+from sparsity.config.reading import idle_hydra, idle_settings, read, shown, typed_in, unread
+from sparsity.config.recipe import START
+from sparsity.config.schema import METHODS, RULE, SEARCHED, Data, Model, Normalization, Ramp, Run, Schedule, Stage
 from sparsity.config.sweeps import check_sweep, count_members, is_numbered, search_ranges, sweep_name, swept_keys
 from sparsity.config.trust import admitted, check_variables, may_call
 from sparsity.config.typed import check
+from sparsity.config.yamls import check_yamls
 
 __all__ = [
-    "STAGES",
-    "Call",
+    "METHODS",
+    "RULE",
+    "SEARCHED",
+    "START",
     "Data",
-    "Factory",
-    "Loader",
     "Model",
     "Normalization",
-    "Optimizer",
-    "Penalty",
-    "PruningRule",
-    "Regularizer",
-    "Rule",
+    "Ramp",
     "Run",
     "Schedule",
-    "StageSchedule",
+    "Stage",
     "admitted",
     "at_home",
     "check",
@@ -50,6 +32,7 @@ __all__ = [
     "check_options",
     "check_sweep",
     "check_variables",
+    "check_yamls",
     "compose",
     "count_members",
     "folder_of_member",
@@ -64,10 +47,12 @@ __all__ = [
     "register",
     "said",
     "search_ranges",
-    "sensitivity_range",
     "settle",
     "shell_home",
+    "shown",
     "sweep_name",
     "swept_keys",
+    "typed_in",
+    "unread",
     "watch_warnings",
 ]

@@ -14,22 +14,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsity.config.mistakes import said, watch_warnings
-from sparsity.config.paths import at_home, shell_home
+from sparsity.config.paths import at_home, folder_of_yamls, shell_home
+from sparsity.config.schema import RULE
+from sparsity.config.yamls import check_yamls
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
 
 
 def register() -> None:
     """Tells Hydra which keys take any sub-key, so that `prune.layers.fc3=0.1` needs no plus, and our resolver."""
-    open_keys = OmegaConf.create({"prune": {"layers": {}}})
-    OmegaConf.set_struct(open_keys.prune.layers, False)
+    open_keys = OmegaConf.create({RULE: {"layers": {}}})
+    OmegaConf.set_struct(open_keys[RULE].layers, False)
     ConfigStore.instance().store(name="open_keys", node=open_keys, replace=True)
     OmegaConf.register_resolver("directions", _directions, replace=True)
 
 
 def _directions(objectives: Sequence[str]) -> list[str]:
     """The direction of each objective; an unknown one is refused by `read`, which says more."""
-    return [OBJECTIVES.get(name, "maximize") for name in objectives]
+    return [OBJECTIVES[name].direction if name in OBJECTIVES else "maximize" for name in objectives]
 
 
 def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
@@ -40,6 +42,9 @@ def compose(overrides: Sequence[str]) -> tuple[DictConfig, DictConfig]:
         watch_warnings()
         try:
             composed = hydra.compose("config", overrides=shell_home(overrides), return_hydra_config=True)
+            check_yamls(GlobalHydra.instance().config_loader(), composed)
+        except ConfigError:
+            raise
         except Exception as error:  # of Hydra, OmegaConf, a YAML's parser
             raise ConfigError(said(error, overrides)) from error
     bare = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
@@ -78,9 +83,3 @@ def folder_of_run(own: DictConfig) -> Path:
         return Path(at_home(own.run.dir)).absolute()
     except OmegaConfBaseException as error:
         raise ConfigError(f"hydra.run.dir: {said(error)}") from error
-
-
-def folder_of_yamls() -> Path:
-    """The folder of YAMLs: beside the package in a checkout, inside it when installed from a wheel."""
-    inside = Path(__file__).parent.parent / "conf"
-    return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "conf"

@@ -11,9 +11,10 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sparsity.config.reading import read
+from sparsity.config.reading import read, typed_in, unread
 from sparsity.config.sweeps import is_numbered
 from sparsity.config.trust import admitted
+from sparsity.config.yamls import check_yamls
 from sparsity.errors import ConfigError
 
 MOST_TRIED = (
@@ -34,6 +35,7 @@ def check_grid(composed: DictConfig, loader: ConfigLoader) -> None:
     trust = admitted(composed.hydra.overrides.task)
     folders: dict[str, int] = {}
     is_whole = math.prod(map(len, values.values())) <= MOST_TRIED
+    idle = {key for key, each in values.items() if len(each) > 1}
     for number, (member, own) in enumerate(_members(composed, loader, values, is_whole)):
         if not is_numbered(composed):
             folder = folder_of_member(own, number)
@@ -42,7 +44,13 @@ def check_grid(composed: DictConfig, loader: ConfigLoader) -> None:
                     f"hydra.sweep.subdir={folder} is the folder of members {folders[folder]} and {number}: name them "
                     "by what differs, or drop it"
                 )
-        read(member, trust=trust, choices=own.runtime.choices)
+        check_yamls(loader, own._get_root())
+        read(member, trust=trust, choices=own.runtime.choices, typed=typed_in(composed.hydra))
+        idle = unread(member, idle)
+    if idle:
+        raise ConfigError(
+            f"{min(idle)} is swept, and no stage of any member reads it: drop it, or list a stage that does"
+        )
 
 
 def folder_of_member(own: DictConfig, number: int) -> str:

@@ -17,6 +17,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from sparsity.config.paths import folder_of_yamls
 from sparsity.errors import SparsityError, nearest
 
 HELP = "python main.py --help lists all"
@@ -132,8 +133,6 @@ class _Known:
         if running.is_initialized():
             return running.config_loader()
         from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-        from sparsity.config.composing import folder_of_yamls
 
         return ConfigLoaderImpl(utils.create_config_search_path(str(folder_of_yamls())))
 

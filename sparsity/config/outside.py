@@ -60,7 +60,7 @@ def _find(target: str, folder: Path) -> None:
                 return  # a class in a class
             raise ConfigError(_lacks(sys.modules[above], missing)) from error
         raise ConfigError(f"{path} cannot be imported: {reason(error)}") from error
-    except (Exception, SystemExit) as error:  # whatever a module of the user's own may raise
+    except (Exception, SystemExit) as error:  # whatever a custom module may raise
         raise ConfigError(f"{path} cannot be imported: {type(error).__name__}: {reason(error)}") from error
     hidden = _hidden(sys.modules[package], here)
     if name and not hasattr(module, name):

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
@@ -54,3 +55,9 @@ def settle(composed: DictConfig, start: str | None) -> DictConfig:
                 with read_write(composed), open_dict(composed):
                     OmegaConf.update(composed, key, whole)
     return composed
+
+
+def folder_of_yamls() -> Path:
+    """The folder of YAMLs: beside the package in a checkout, inside it when installed from a wheel."""
+    inside = Path(__file__).parent.parent / "conf"
+    return inside if inside.is_dir() else Path(__file__).parent.parent.parent / "conf"

@@ -3,21 +3,24 @@
 import inspect
 import re
 import types
-from collections.abc import Mapping, Sequence
-from typing import get_args
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from sparsity.config.outside import bring_in
-from sparsity.config.schema import STAGES, Call, Run
+from sparsity.config.recipe import Readers, check_written, resolved
+from sparsity.config.schema import RULE, SEARCHED, Run, Stage
 from sparsity.config.trust import check_trust, patterns
 from sparsity.config.typed import check, check_names
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
-from sparsity.kinds import Range
+from sparsity.limits import Budget
+from sparsity.nodes import Regularizer, Rule, sensitivity_range
 
 
 def read(
@@ -26,47 +29,70 @@ def read(
     trust: Sequence[str] = (),
     choices: Mapping[str, str | None] = types.MappingProxyType({}),
     folder: str | None = None,
+    typed: Sequence[str] = (),
 ) -> Run:
     """The checked run of a composed config.
 
     trust: the modules that the user admits, from `admitted`; choices: of each group, for people to read; folder: the
-    one that the command was typed in, if it is not the current one.
+    one that the command was typed in, if it is not the current one; typed: the overrides of the command line.
     """
     name = {group: str(choice) for group, choice in choices.items() if "/" not in group and choice is not None}
-    plain = OmegaConf.to_container(config, resolve=False)
-    if "name" in plain:
+    one_strength(config, typed)
+    raw = OmegaConf.to_container(config, resolve=False)
+    if "name" in raw:
         raise ConfigError("name is no setting: a result is named by the choices of its groups")
-    check_names("", {**plain, "name": name}, Run)  # before values that refer to others are looked up
+    if "stages" not in raw:
+        raise ConfigError(
+            f"stages is missing: list those that recipe={name.get('recipe')} runs, as in stages=[pretrain]"
+        )
+    check_names("", {**raw, "name": name}, Run)  # before values that refer to others are looked up
+    check_written(raw, typed)
     try:
         node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except MissingMandatoryValue as error:
         raise ConfigError(f"{error.full_key} has no value: give it one on the command line") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise ConfigError("the config: some value refers to what holds it: take that out") from error
     bring_in(node, trust, folder)
-    run = check("", {**node, "name": name}, Run, patterns(trust))
+    run = check("", {**node, "recipe": [], "name": name}, Run, patterns(trust))
     check_trust(run.trust, trust)
-    _check_together(run)
+    run = replace(run, recipe=resolved(node, raw, run.ramp, patterns(trust), str(name.get("recipe"))))
+    _check_together(run, node["recipe"])
     return run
 
 
-def _check_together(run: Run) -> None:
-    """What no single key can get wrong."""
-    order = [STAGES.index(stage) for stage in run.stages]
-    if order != sorted(set(order)):
-        raise ConfigError(
-            f"stages must be in the order {', '.join(STAGES)}, each once at most, got {_shown(run.stages)}"
-        )
-    if run.model.weights is None and not {"pretrain", "regularize"} & set(run.stages):
-        raise ConfigError(
-            f"stages={_shown(run.stages)} needs a trained network: give model.weights=FILE, or begin with pretrain"
-        )
-    epochs = sum(getattr(run.schedule, stage).epochs for stage in run.stages if stage in ("pretrain", "regularize"))
-    if run.model.weights is None and not epochs and {"prune", "finetune"} & set(run.stages):
-        raise ConfigError(
-            "schedule.pretrain.epochs and schedule.regularize.epochs are 0, so that nothing is trained before pruning "
-            "or finetuning: raise one, or give model.weights=FILE"
-        )
+def typed_in(hydra: DictConfig) -> list[str]:
+    """The overrides of a command line as they were typed, whatever they refer to; hydra: its own part of the config."""
+    return OmegaConf.to_container(hydra.overrides.task, resolve=False)
+
+
+def one_strength(config: DictConfig, typed: Sequence[str]) -> None:
+    """Lets a budget take the place of the sensitivity, or a typed sensitivity that of a YAML's budget; never both.
+
+    Changes the config: what does not hold is null in it.
+    """
+    raw = OmegaConf.to_container(config, resolve=False)
+    budget = raw.get("budget")
+    if not isinstance(budget, dict):
+        return
+    keys = [override.lstrip("+~").partition("=")[0] for override in typed]
+    held = [f"budget.{name}" for name, value in budget.items() if value is not None]
+    given = [key for key in held if key in keys or "budget" in keys]
+    has_number = "sensitivity" in keys and raw.get("sensitivity") is not None
+    if given and has_number:
+        raise ConfigError(f"{given[0]} takes the place of sensitivity, which it finds: give one of the two")
+    with read_write(config), open_dict(config):
+        if held and has_number:
+            config.budget = dict.fromkeys(budget)
+        elif held:
+            config.sensitivity = None
+
+
+def _check_together(run: Run, nodes: Mapping[str, Any]) -> None:
+    """What no single key can get wrong; nodes: of the recipe, listed or not."""
+    _check_trained(run, nodes)
     for layer in run.prune.layers:
         if layer in run.prune.exclude:
             raise ConfigError(f"prune.layers.{layer} does nothing, as prune.exclude names {layer} too: drop one")
@@ -75,32 +101,100 @@ def _check_together(run: Run) -> None:
             f"data.validation must be a share below 1 or a whole number of images, got {run.data.validation}"
         )
     _check_applies(run)
-    interval = sensitivity_range(run.prune.rule)
-    for key, value in {"sensitivity": run.sensitivity, **_layer_keys(run.prune.layers)}.items():
-        if value not in interval:
-            raise ConfigError(f"{key} must be a number {interval}, got {value:g}: prune={run.name.get('prune')}")
+    numbers = {} if run.sensitivity is None else {"sensitivity": run.sensitivity}
+    _check_strengths(run.prune, RULE, numbers, run)
+    for stage in run.recipe:
+        rule, value = (stage.call.numbers.get(name) for name in ("rule", "sensitivity"))
+        if isinstance(rule, Rule):
+            by = "" if run.ramp.start is None else f" by ramp.from={run.ramp.start:g}"
+            key = _source(stage, "sensitivity") + ("" if stage.round is None else f" of {stage.name}{by}")
+            numbers = {key: value} if isinstance(value, float) else {}
+            _check_strengths(rule, _source(stage, "rule"), numbers, run)
+    _check_budget(run)
     check_objectives(run.objectives)
+
+
+def _check_trained(run: Run, nodes: Mapping[str, Any]) -> None:
+    """Refuses stages that prune or hold a network that nothing trains."""
+    if run.model.weights is not None:
+        return
+    trains = {stage.name: schedule for stage in run.recipe if (schedule := stage.call.numbers.get("schedule"))}
+    fresh = [stage for stage in run.recipe if stage.name in trains and stage.call.numbers.get("hold") != "zeros"]
+    holding = [stage for stage in run.recipe if stage.name in trains and stage not in fresh]
+    if not fresh or (holding and run.recipe.index(holding[0]) < run.recipe.index(fresh[0])):
+        can = [name for name, node in nodes.items() if "schedule" in node and node.get("hold") != "zeros"]
+        remedy = f", or begin with {can[0]}" if can else ""
+        raise ConfigError(f"stages={shown(run.stages)} needs a trained network: give model.weights=FILE{remedy}")
+    idle = [stage for stage in fresh if not trains[stage.name].epochs]
+    if len(idle) == len(fresh) and len(run.recipe) > len(fresh):
+        keys = " and ".join(f"{_source(stage, 'schedule')}.epochs" for stage in fresh)
+        are = "are" if len(fresh) > 1 else "is"
+        raise ConfigError(
+            f"{keys} {are} 0, so that nothing is trained before pruning or finetuning: raise one, or give "
+            "model.weights=FILE"
+        )
+
+
+def _source(stage: Stage, argument: str) -> str:
+    """The key that an argument of a stage is typed by."""
+    return stage.sources.get(argument, f"recipe.{stage.node}.{argument}")
 
 
 def _check_applies(run: Run) -> None:
     """Refuses methods that are given nothing to work on."""
     for key, kinds in (("reg.apply_to", run.reg.apply_to), ("prune.apply_to", run.prune.apply_to)):
         if len(kinds) != len(set(kinds)):
-            raise ConfigError(f"{key} must name each kind once, got {_shown(kinds)}")
+            raise ConfigError(f"{key} must name each kind once, got {shown(kinds)}")
     choice = f"reg={run.name.get('reg')}"
     if run.reg.penalty is None and run.reg.decay and run.reg.apply_to:
         raise ConfigError(f"reg.penalty=null leaves reg.decay={run.reg.decay:g} of {choice} without use: take reg=none")
-    if run.reg.penalty is not None and not run.reg.apply_to and "regularize" in run.stages:
+    is_used = any(isinstance(value, Regularizer) for stage in run.recipe for value in stage.call.numbers.values())
+    if run.reg.penalty is not None and not run.reg.apply_to and is_used:
         raise ConfigError(f"reg.apply_to=[] leaves the penalty of {choice} nothing: take reg=none, or name kinds")
     for key, text in _search_keys(run):
         if not _is_range(text):
             raise ConfigError(f"{key} must be a range to search, such as interval(0.1,1), or a number; got {text!r}")
 
 
+def _check_budget(run: Run) -> None:
+    """Refuses a budget that nothing is pruned for, and a rule that is given no number."""
+    named = [name for name, _ in run.budget.alone()]
+    takers = [stage for stage in run.recipe if isinstance(stage.call.numbers.get("budget"), Budget)]
+    if named and run.recipe and not takers:
+        raise ConfigError(f"{named[0]} needs a stage that prunes, and stages={shown(run.stages)} has none: add one")
+    for stage in run.recipe:
+        numbers, strengths = stage.call.numbers, ("budget", "sensitivity")
+        takes = inspect.signature(stage.call.function).parameters
+        is_given = any(numbers.get(name) is not None for name in strengths)
+        if isinstance(numbers.get("rule"), Rule) and not is_given and takes.keys() & {*strengths}:
+            raise ConfigError(
+                f"{stage.name} prunes by no number: give {_source(stage, 'sensitivity')}=NUMBER, or a budget such as "
+                "budget.compression=50"
+            )
+        if "rule" in takes and "curve" in takes:
+            _check_curve(stage)
+
+
+def _check_curve(stage: Stage) -> None:
+    """Refuses what a stage that may prune along a curve lacks for it, and what is for it alone where it has no rule."""
+    numbers, example = stage.call.numbers, {"curve": "{shape:cubic,until:0.5}", "every": "100"}
+    if numbers.get("rule") is None:
+        idle = next((name for name in (*example, "sensitivity", "budget") if numbers.get(name) is not None), None)
+        if idle is not None:
+            raise ConfigError(f"recipe.{stage.node}.{idle} does nothing without a rule: give it rule: ${{{RULE}}}")
+        return
+    for name, text in example.items():
+        if numbers.get(name) is None:
+            raise ConfigError(
+                f"recipe.{stage.node}.{name} is missing: {stage.name} prunes while it trains: add {name}={text}"
+            )
+    if not numbers["schedule"].epochs:
+        raise ConfigError(f"{_source(stage, 'schedule')}.epochs=0 leaves {stage.name} no step to prune in: raise it")
+
+
 def _search_keys(run: Run) -> list[tuple[str, str]]:
     """The keys of the ranges that a search draws from, with their texts."""
-    groups = {"reg": run.reg.search, "prune": run.prune.search}
-    return [(f"{group}.search.{name}", text) for group, own in groups.items() for name, text in own.items()]
+    return [(f"{group}.search.{name}", text) for group in SEARCHED for name, text in getattr(run, group).search.items()]
 
 
 def _is_range(text: str) -> bool:
@@ -111,50 +205,83 @@ def _is_range(text: str) -> bool:
         return False
 
 
-def _layer_keys(layers: dict[str, float]) -> dict[str, float]:
-    return {f"prune.layers.{layer}": value for layer, value in layers.items()}
-
-
-def sensitivity_range(rule: Call) -> Range:
-    """The interval of a rule's sensitivity, as its signature annotates it; finite and ≥ 0 where it does not."""
-    parameter = inspect.signature(rule.function).parameters.get("sensitivity")
-    if parameter is None:
-        raise ConfigError(f"{rule.key}._target_={rule.target} is no pruning rule: it takes no sensitivity")
-    return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
+def _check_strengths(rule: Rule, key: str, numbers: Mapping[str, float], run: Run) -> None:
+    """Refuses sensitivities that are none of the rule's: some by their keys, and layers' own; key: that of the rule."""
+    layers = {f"{key}.layers.{layer}": value for layer, value in rule.layers.items()}
+    interval = sensitivity_range(rule.rule)
+    for each, value in {**numbers, **layers}.items():
+        if value not in interval:
+            name = f"{RULE}={run.name.get(RULE)}" if key == RULE else f"{key}.rule._target_={rule.rule.target}"
+            raise ConfigError(f"{each} must be a number {interval}, got {value:g}: {name}")
 
 
 def check_objectives(names: Sequence[str]) -> None:
     """Refuses none, and one that is named twice."""
     if len(names) != len(set(names)) or not names:
-        shown = _shown(list(names))
-        raise ConfigError(f"objectives must name each objective once, of {', '.join(OBJECTIVES)}; got {shown}")
+        raise ConfigError(
+            f"objectives must name each objective once, of {', '.join(OBJECTIVES)}; got {shown(list(names))}"
+        )
 
 
-def _shown(names: list[str]) -> str:
+def shown(entries: Sequence[Any]) -> str:
     """A list as it is typed on the command line."""
-    return f"[{','.join(names)}]"
+    each = [f"{{repeat:{e['repeat']},stages:{shown(e['stages'])}}}" if isinstance(e, dict) else str(e) for e in entries]
+    return f"[{','.join(each)}]"
 
 
-def idle_settings(run: Run, overrides: Sequence[str]) -> list[str]:
-    """A line for each setting of the command line that this run makes no use of."""
+def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """A line for each setting of the command line that a run makes no use of; composed: the config that it is of."""
+    readers = Readers(OmegaConf.to_container(composed, resolve=False))
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     lines = []
     for key in keys:
-        group, _, rest = key.partition(".")
-        needs = {"reg": "regularize", "prune": "prune", "sensitivity": "prune"}.get(group)
-        if group == "schedule" and rest.partition(".")[0] in STAGES:
-            needs = rest.partition(".")[0]
-        if needs and needs not in run.stages:
-            lines.append(f"{key} does nothing: stages={_shown(run.stages)} has no {needs}")
+        if is_of_stages(key) and (not readers.is_read(key) or (_is_of_ramp(key) and not _rises(run))):
+            lines.append(f"{key} does nothing: {_why_idle(key, run, readers)}")
         elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
-        elif (group == "optimizer" or key in ("schedule", "schedule.batch_size")) and not set(run.stages) - {"prune"}:
-            lines.append(f"{key} does nothing: stages={_shown(run.stages)} trains nothing")
         elif key == "model.head" and run.model.head and run.model.weights is None:
             lines.append("model.head=new does nothing: without model.weights=FILE every layer is drawn anew")
         elif key == "data.validation_seed" and not run.data.validation:
             lines.append("data.validation_seed does nothing: data.validation=0 splits nothing off")
     return lines
+
+
+def unread(composed: DictConfig, keys: Collection[str]) -> set[str]:
+    """Those of some keys that are of use to stages alone, and that no listed stage of a composed config reads."""
+    readers = Readers(OmegaConf.to_container(composed, resolve=False))
+    return {key for key in keys if is_of_stages(key) and not readers.is_read(key)}
+
+
+# Keys that are read whatever the stages are; all others are of use to the stages that read them.
+ALWAYS = ("model", "data", "seed", "device", "precision", "threads", "step", "plots", "store", "objectives", "trust")
+ALWAYS += ("stages", "experiment", "search", "hydra", "name")
+
+
+def is_of_stages(key: str) -> bool:
+    """Whether a key is of use to stages alone."""
+    group, _, rest = key.partition(".")
+    if group == "recipe":
+        return bool(rest)
+    return group not in ALWAYS and not group.startswith("hydra/") and rest.partition(".")[0] != "search"
+
+
+def _is_of_ramp(key: str) -> bool:
+    return key.partition(".")[0] == "ramp"
+
+
+def _rises(run: Run) -> bool:
+    """Whether there is a strength that may differ from round to round."""
+    return any((stage.round or 0) > 1 and {"sensitivity", "budget"} & stage.call.numbers.keys() for stage in run.recipe)
+
+
+def _why_idle(key: str, run: Run, readers: Readers) -> str:
+    if _is_of_ramp(key):
+        return f"stages={shown(run.stages)} repeats nothing that prunes"
+    needs = readers.of(key)
+    if not needs:
+        return f"no stage of recipe={run.name.get('recipe')} reads it"
+    *most, last = needs
+    return f"stages={shown(run.stages)} has no {', '.join(most)}{' or ' if most else ''}{last}"
 
 
 def idle_hydra(own: DictConfig) -> list[str]:

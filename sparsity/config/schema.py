@@ -1,49 +1,15 @@
 """The settings of a run, as checked dataclasses: their annotations are what `typed` checks."""
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import typing
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from sparsity.front import OBJECTIVES
-from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range, Seed
-from sparsity.schedules import SHAPES
-
-STAGES = ("pretrain", "regularize", "prune", "finetune")
-
-Kinds = list[Literal["weight", "bias", "normalization", "scale", "other"]]
+from sparsity.kinds import NonNegative, Positive, PositiveCount, Range, Seed
+from sparsity.limits import Budget
+from sparsity.nodes import Call, Factory, Loader, Optimizer, Regularizer, Rule, StageSchedule
 
 Objectives = list[Literal[tuple(OBJECTIVES)]]
-
-
-@dataclass(frozen=True)
-class Call:
-    """A function and its own numbers, as `_target_` and the keys beside it name them."""
-
-    key: str
-    target: str
-    function: Callable[..., Any]
-    numbers: dict[str, Any]
-
-    def partial(self, **more: Any) -> Callable[..., Any]:
-        """The function with its numbers filled in."""
-        return functools.partial(self.function, **self.numbers, **more)
-
-
-@dataclass(frozen=True)
-class Methods:
-    """Where the functions and classes that a key may name are defined, and what the pipeline passes to them."""
-
-    module: str
-    positional: int = 0  # arguments that are passed by their place
-    given: tuple[str, ...] = ()  # arguments that are passed by name
-
-
-Factory = Annotated[Call, Methods("sparsity.models", given=("input_shape", "num_classes"))]
-Loader = Annotated[Call, Methods("sparsity.data")]
-Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
-PruningRule = Annotated[Call, Methods("sparsity.pruning", positional=1, given=("sensitivity", "fixed"))]
-Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
 
 
 @dataclass(frozen=True)
@@ -75,49 +41,30 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Regularizer:
-    """The penalty, its coefficient, and the parameters that it is applied to."""
-
-    penalty: Penalty | None
-    decay: NonNegative
-    apply_to: Kinds
-    weight_decay: NonNegative
-    search: dict[str, str] = field(default_factory=dict)  # ranges that a search draws from
-
-
-@dataclass(frozen=True)
-class Rule:
-    """The pruning rule, and the parameters that it is applied to."""
-
-    rule: PruningRule
-    cut: PruningRule | None  # the threshold that the report shows
-    apply_to: Kinds
-    scope: Literal["tensor", "network"]
-    structural: bool  # takes whole groups: a filter that goes takes its bias
-    layers: dict[str, float]
-    exclude: list[str]
-    search: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StageSchedule:
-    """The numbers of one training stage."""
-
-    epochs: Count
-    lr: Positive
-    shape: Literal[tuple(SHAPES)]
-    warmup: Annotated[float, Range(0, 1, below=True)]
-    weight_decay: NonNegative
-
-
-@dataclass(frozen=True)
 class Schedule:
     """The numbers of the training stages."""
 
     batch_size: PositiveCount
-    pretrain: StageSchedule
-    regularize: StageSchedule
-    finetune: StageSchedule
+    others: dict[str, StageSchedule] = field(metadata={"others": True})  # each under the name that stages read it by
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """How the strength of a rule rises from round to round, to the number that is asked for in the last."""
+
+    curve: Literal["constant", "linear", "geometric", "cubic"]
+    start: float | None = field(metadata={"typed": "from"})  # a word that Python takes for itself
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, as its recipe resolves it."""
+
+    name: str  # unlike those of all other stages of the run: prune, prune-2, …
+    node: str  # its name in the recipe
+    call: Call
+    sources: dict[str, str]  # of its arguments that are read from elsewhere: the key that each is typed by
+    round: int | None = None  # of a repeated one, from 1
 
 
 @dataclass(frozen=True)
@@ -130,15 +77,32 @@ class Run:
     prune: Rule
     schedule: Schedule
     optimizer: Optimizer
-    stages: list[Literal["pretrain", "regularize", "prune", "finetune"]]
+    stages: list[Any]  # as they are listed: names, and repeats of names
+    recipe: list[Stage]  # the same in order, each with all that determines it
+    rounds: Annotated[int, Range(1, 1000)]
+    rewind_to: str
+    ramp: Ramp
     seed: Seed
     device: str
     precision: Literal["auto", "float32", "bfloat16"]
     threads: Annotated[int, Range(1, 1024)] | None
     step: Literal["auto", "eager", "recorded", "compiled"]
-    sensitivity: float
+    sensitivity: float | None
+    budget: Budget
     plots: bool | None  # None: of a single run, not of a sweep's members
     store: str | None  # the folder of finished stages
     objectives: Objectives
     trust: list[str]
     name: dict[str, str]  # the choice made in each group, for people
+
+
+_KINDS = typing.get_type_hints(Run)
+# what a run is made of
+METHODS = tuple(name for name, kind in _KINDS.items() if kind in (Model, Data, Regularizer, Rule))
+RULE = next(name for name in METHODS if _KINDS[name] is Rule)
+# the groups whose YAMLs name ranges to search, and what precedes the keys of these: a rule's number is a root key
+SEARCHED = {
+    name: "" if name == RULE else f"{name}."
+    for name in METHODS
+    if any(each.name == "search" for each in fields(_KINDS[name]))
+}

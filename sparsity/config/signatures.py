@@ -1,10 +1,11 @@
 """What a method's signature says of its arguments: the signature is the schema of the keys beside `_target_`."""
 
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sparsity.config.schema import Methods
+from sparsity.nodes import Methods
 
 
 class Arguments(NamedTuple):
@@ -31,3 +32,10 @@ def arguments(function: Callable[..., Any], methods: Methods) -> Arguments | Non
     required = [each.name for each in own if each.default is each.empty]
     any_other = any(each.kind is each.VAR_KEYWORD for each in parameters)
     return Arguments(given, named, required, any_other, not set(required) & set(by_place))
+
+
+def marked(function: Callable[..., Any], marker: Any) -> list[str]:
+    """The arguments of a stage's function whose annotation carries a marker."""
+    kinds = typing.get_type_hints(function, include_extras=True)
+    parts = {name: (kind, *typing.get_args(kind)) for name, kind in kinds.items()}  # it may be one of a union
+    return [name for name, each in parts.items() if any(marker in getattr(part, "__metadata__", ()) for part in each)]

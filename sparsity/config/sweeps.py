@@ -11,23 +11,32 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from sparsity.config.reading import check_objectives
-from sparsity.config.schema import Objectives, Run
+from sparsity.config.reading import check_objectives, is_of_stages
+from sparsity.config.recipe import Readers
+from sparsity.config.schema import METHODS, SEARCHED, Objectives, Run
 from sparsity.config.typed import check, check_names, flatten
 from sparsity.errors import ConfigError
 
 NEUTRAL = ("plots", "step", "store", "threads", "trust")  # keys that change no number, and so no sweep
 NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
-NAMING = ("search", "model", "data", "reg", "prune")  # groups whose choices make a sweep's name
+NAMING = ("search", *METHODS, "recipe")  # groups whose choices make a sweep's name
 
 
 def search_ranges(composed: DictConfig) -> dict[str, str]:
-    """The ranges of a search, each as it stands beside the number that it ranges over: `reg.search.decay`."""
+    """The ranges of a search, each as it stands beside the number that it ranges over: `reg.search.decay`.
+
+    Those of numbers that no listed stage reads are left out, as is the sensitivity where a budget finds it.
+    """
     ranges = {}
-    for group, root in (("reg", "reg."), ("prune", "")):
+    for group, root in SEARCHED.items():
         own = OmegaConf.to_container(composed[group].search, resolve=True) or {}
         ranges |= {f"{root}{key}": str(text) for key, text in flatten(own).items()}
-    return ranges
+    readers = Readers(OmegaConf.to_container(composed, resolve=False))
+    plain = OmegaConf.to_container(composed.budget, resolve=False)
+    swept = swept_keys(composed.hydra.overrides.task)
+    has_budget = any(value is not None for value in plain.values()) or any(key.startswith("budget.") for key in swept)
+    found = {key: text for key, text in ranges.items() if not is_of_stages(key) or readers.is_read(key)}
+    return {key: text for key, text in found.items() if key != "sensitivity" or not has_budget}
 
 
 def sweep_name(composed: DictConfig) -> str:
@@ -42,7 +51,8 @@ def sweep_name(composed: DictConfig) -> str:
     settings = {key: _plain(own.sweeper).get(key) for key in ("params", "sampler")}
     swept = sorted(text for text in typed if swept_keys([text]))
     text = json.dumps([config, swept, settings], sort_keys=True, default=str)
-    chosen = [str(own.runtime.choices.get(group)) for group in NAMING if group not in swept_keys(typed)]
+    named = [group for group in NAMING if group != "recipe" or "recipe" in map(_key, typed)]
+    chosen = [str(own.runtime.choices.get(group)) for group in named if group not in swept_keys(typed)]
     names = [name for name in chosen if name != "None"]
     return "-".join([*names, hashlib.sha256(text.encode()).hexdigest()[:8]])
 
@@ -83,7 +93,7 @@ def check_sweep(composed: DictConfig) -> None:
     check_names("", {**plain, "name": {}}, Run)
     check_objectives(check("objectives", plain["objectives"], Objectives))
     check("store", plain["store"], str | None)
-    for group in ("reg", "prune"):
+    for group in SEARCHED:
         check(f"{group}.search", plain[group].get("search", {}), dict[str, str])
     if own.runtime.choices.get("hydra/sweeper") == "basic":
         for override in _parsed(own.overrides.task):

@@ -12,9 +12,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from sparsity.config.schema import Methods
 from sparsity.config.signatures import arguments
 from sparsity.errors import ConfigError, nearest
+from sparsity.nodes import Methods
 
 VARIABLES = "hydra.job.env_set"  # which code can be run by
 

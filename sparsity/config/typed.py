@@ -5,14 +5,14 @@ import math
 import types
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from sparsity.config.schema import Call, Methods
 from sparsity.config.signatures import arguments
 from sparsity.config.trust import locate
 from sparsity.errors import ConfigError, nearest
 from sparsity.kinds import Range
+from sparsity.nodes import EACH, Call, Methods, StageFunction
 
 NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 
@@ -39,6 +39,8 @@ class _Reader:
             return self.read(key, value, next(part for part in get_args(kind) if part is not type(None)))
         if get_origin(kind) is Annotated and get_args(kind)[0] is Call:
             return self._call(key, value, get_args(kind)[1])
+        if get_origin(kind) is Annotated and EACH in get_args(kind):
+            return self.read(key, value, get_args(get_args(kind)[0])[0])
         if is_dataclass(kind):
             return self._record(key, value, kind)
         if get_origin(kind) is list:
@@ -49,8 +51,14 @@ class _Reader:
 
     def _record(self, key: str, value: Any, kind: type) -> Any:
         check_names(key, value, kind)
-        kinds = typing.get_type_hints(kind, include_extras=True)
-        return kind(**{name: self.read(join(key, name), entry, kinds[name]) for name, entry in value.items()})
+        kinds, others, known = typing.get_type_hints(kind, include_extras=True), _others(kind), _known(kind)
+        found: dict[str, Any] = {others.name: {}} if others else {}
+        for name, entry in value.items():
+            if name in known:
+                found[known[name].name] = self.read(join(key, name), entry, kinds[known[name].name])
+            else:
+                found[others.name][name] = self.read(join(key, name), entry, get_args(kinds[others.name])[1])
+        return kind(**found)
 
     def _list(self, key: str, value: Any, kind: Any) -> list[Any]:
         if not isinstance(value, list):
@@ -129,7 +137,7 @@ class _Reader:
             if name not in numbers:
                 raise ConfigError(f"{join(key, name)} is missing: {target} needs it")
         _check_lengths(key, function, numbers)
-        is_ours = target.startswith("sparsity.")
+        is_ours = target.startswith("sparsity.") or methods is get_args(StageFunction)[1]
         kinds = typing.get_type_hints(function, include_extras=True) if is_ours else _scalars_of(function)
         read = {name: self.read(join(key, name), entry, kinds.get(name, Any)) for name, entry in numbers.items()}
         return read if is_ours else numbers  # as they are given, since a stage's key tells 0 from 0.0
@@ -160,9 +168,9 @@ def check_names(key: str, value: Any, kind: type) -> None:
     """Refuses keys of a group that are unknown or missing, here and in the groups inside, whatever their values."""
     if not isinstance(value, dict):
         raise ConfigError(f"{key} must be a group of keys, got {value!r}")
-    known = {entry.name: entry for entry in fields(kind)}
+    known, others = _known(kind), _others(kind)
     for name in value:
-        if name not in known:
+        if name not in known and not others:
             names = [each for each in known if key or each != "name"]
             raise ConfigError(_unknown(key, name, names, key or "the top level", "has"))
     for name, entry in known.items():
@@ -171,8 +179,19 @@ def check_names(key: str, value: Any, kind: type) -> None:
             raise ConfigError(f"{join(key, name)} is missing: {remedy}")
     kinds = typing.get_type_hints(kind)
     for name in value:
-        if is_dataclass(kinds[name]) and kinds[name] is not Call:
-            check_names(join(key, name), value[name], kinds[name])
+        inner = kinds[known[name].name] if name in known else get_args(kinds[others.name])[1]
+        if is_dataclass(inner) and inner is not Call:
+            check_names(join(key, name), value[name], inner)
+
+
+def _known(kind: type) -> dict[str, Field]:
+    """The fields of a record, by the names that they are typed by."""
+    return {entry.metadata.get("typed", entry.name): entry for entry in fields(kind) if entry != _others(kind)}
+
+
+def _others(kind: type) -> Field | None:
+    """The field of a record that takes keys of any other name."""
+    return next((entry for entry in fields(kind) if entry.metadata.get("others")), None)
 
 
 def _unknown(key: str, name: Any, names: Sequence[str], owner: str, has: str) -> str:

@@ -16,24 +16,25 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from sparsity import config, results
+from sparsity import config, console, results
+from sparsity.config.signatures import marked
 from sparsity.data import Splits
 from sparsity.errors import ConfigError, SparsityError, reason
+from sparsity.evaluation import image_bytes
+from sparsity.experiment.checks import check_stages
 from sparsity.experiment.folder import finished
+from sparsity.experiment.job import Job
 from sparsity.experiment.keys import Key, stage_keys
-from sparsity.experiment.parts import (
-    check_methods,
-    check_trains,
-    device_of,
-    first_population,
-    ingredients,
-    load_data,
-    machine,
-    members_at_a_time,
-)
-from sparsity.experiment.precision import precision_of
-from sparsity.experiment.record import Job, Record
+from sparsity.experiment.loading import load_data
+from sparsity.experiment.machine import device_of, machine
+from sparsity.experiment.members import first_population, members_at_a_time
+from sparsity.experiment.plan import planned
+from sparsity.experiment.precision import PRECISIONS, precision_of
+from sparsity.experiment.record import Record
 from sparsity.graph import trace
+from sparsity.limits import Budget
+from sparsity.nodes import EACH, Call
+from sparsity.stages import Context
 from sparsity.store import Store
 
 log = logging.getLogger("sparsity")
@@ -139,18 +140,29 @@ def _groups(jobs: Mapping[int, Job]) -> list[list[int]]:
 
 def _kind_of(run: config.Run) -> str:
     """All that members of one population have in common, as text."""
+    own = (*config.SEARCHED, "sensitivity", "budget", "ramp", "seed", "name", "plots")  # which stages have read
+    shared = {each.name: getattr(run, each.name) for each in dataclasses.fields(run) if each.name not in own}
+    return json.dumps(_alike(shared, False), default=str)
 
-    def without_floats(call: config.Call | None) -> Any:
-        shared = call and {name: None if isinstance(n, float) else n for name, n in call.numbers.items()}
-        return call and [call.target, shared]
 
-    reg = replace(run.reg, decay=0.0, penalty=None, search={})
-    prune = replace(run.prune, rule=None, cut=None, search={}, layers=dict.fromkeys(run.prune.layers, 0.0))
-    methods = [without_floats(run.reg.penalty), without_floats(run.prune.rule), without_floats(run.prune.cut)]
-    calls = [[each.target, each.numbers] for each in (run.model.factory, run.data.loader, run.optimizer)]
-    bare = replace(run, reg=reg, prune=prune, seed=0, sensitivity=0.0, name={}, plots=False, optimizer=None)
-    bare = replace(bare, model=replace(run.model, factory=None), data=replace(run.data, loader=None))
-    return json.dumps([dataclasses.asdict(bare), methods, calls], default=str)
+def _alike(value: Any, is_each: bool) -> Any:
+    """A setting as text, without the floats in which members of one population may differ."""
+    if isinstance(value, config.Stage):
+        each = marked(value.call.function, EACH)
+        numbers = {name: _alike(number, name in each) for name, number in value.call.numbers.items()}
+        return [value.name, value.call.target, numbers]
+    if isinstance(value, Budget) and is_each:
+        return "a budget"
+    if isinstance(value, Call):
+        return [value.target, _alike(value.numbers, is_each)]
+    if dataclasses.is_dataclass(value):
+        found = {each.name: _alike(getattr(value, each.name), is_each) for each in dataclasses.fields(value)}
+        return found if not is_each else {name: entry for name, entry in found.items() if name != "search"}
+    if isinstance(value, Mapping):
+        return {name: _alike(entry, is_each) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_alike(entry, is_each) for entry in value]
+    return "a number" if is_each and isinstance(value, float) else value
 
 
 def _run_group(jobs: Sequence[Job], stacked: bool | None, limit: int | None) -> list[Outcome | Exception]:
@@ -187,8 +199,9 @@ def _job(composed: DictConfig, hydra: DictConfig, folder: Path, trust: Sequence[
     _check_search(composed, hydra)
     config.check_variables(hydra, trust)
     composed = config.settle(composed, str(hydra.runtime.cwd) if hydra.job.chdir else None)
-    checked = config.read(composed, trust=trust, choices=hydra.runtime.choices, folder=hydra.runtime.cwd)
-    idle = config.idle_settings(checked, list(hydra.overrides.task))
+    typed = config.typed_in(hydra)
+    checked = config.read(composed, trust=trust, choices=hydra.runtime.choices, folder=hydra.runtime.cwd, typed=typed)
+    idle = config.idle_settings(checked, composed, typed)
     for line in [*idle, *config.idle_hydra(hydra)]:
         log.warning(f"warning: {line}")
     overrides = [entry for entry in hydra.overrides.task if not entry.startswith("search=")]
@@ -227,8 +240,9 @@ def _check_search(composed: DictConfig, hydra: DictConfig) -> None:
 def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int | None = None) -> list[Outcome]:
     """The result of every job, trained together; a member that diverges gives its error, and the others go on.
 
-    The jobs may differ in seed, decay, sensitivities, and the methods' own floats alone. A job whose folder holds its
-    result already gives that. stacked: as one computation; None: where that is faster. limit: of members at a time.
+    The jobs may differ in seed, decay, sensitivities, budgets, and the methods' own floats alone. A job whose folder
+    holds its result already gives that. stacked: as one computation; None: where that is faster. limit: of members at
+    a time.
     """
     if not jobs:
         return []
@@ -240,7 +254,7 @@ def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int 
         splits = splits.to(device)
         keys = [stage_keys(job.run, fingerprint, device.type, precision_of(job.run, device)) for job in jobs]
         outcomes: list[Outcome | None] = [
-            finished(job.folder, {stage: key.key for stage, key in own.items()}, job.overrides)
+            finished(job.folder, {name: key.key for name, key in own.items()}, job.overrides)
             for job, own in zip(jobs, keys)
         ]
         left = [index for index, outcome in enumerate(outcomes) if outcome is None]
@@ -249,8 +263,7 @@ def run_members(jobs: Sequence[Job], *, stacked: bool | None = None, limit: int 
             own = [jobs[index] for index in left], [keys[index] for index in left]
             record = _record(*own, splits, device, kept, choose)
             with record.held():
-                for stage in run.stages:
-                    record.advance(stage)
+                record.advance_all()
                 for index, outcome in zip(left, record.outcomes()):
                     outcomes[index] = outcome
         return outcomes
@@ -267,10 +280,19 @@ def _record(
     """The members before their first stage, everything about them checked."""
     runs = [job.run for job in jobs]
     population, warnings = first_population(runs, splits, device)
-    graph = trace(population.module, splits.example())
-    parts = ingredients(runs, splits, population, device, graph.units)
-    check_methods(runs[0], population, parts)
-    check_trains(parts, population)
-    record = Record(jobs, keys, parts, population, device, kept, choose, graph)
+    first = runs[0]
+    context = Context(
+        splits=splits,
+        seeds=[run.seed for run in runs],
+        graph=trace(population.module, splits.example()),
+        precision=PRECISIONS[precision_of(first, device)],
+        step=first.step,
+        model=first.model.factory.target,
+        image_bytes=image_bytes(population, splits),
+        watch=console.watch,
+        choices=first.name,
+    )
+    check_stages(planned(runs), population, context)
+    record = Record(jobs, keys, context, population, kept, choose)
     record.warn_all(warnings)
     return record

@@ -1,33 +1,41 @@
 """What a run ends with where it came to little: which stage lost the accuracy or pruned nearly nothing, and its key."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from sparsity.config import Run
+from sparsity.experiment.plan import Planned
+from sparsity.experiment.views import before_masks
+from sparsity.stages import MASKED
 
 HARDLY = 1.05  # compression of the weights below which hardly anything was pruned
 MOST = 0.5  # of the accuracy above chance: what pruning may cost before it is said
 
-Measured = Mapping[str, Mapping[str, float | None]]  # accuracies by where they were measured: "dense", "pruned", …
-AFTER = {"pretrain": "dense", "regularize": "regularized", "prune": "pruned", "finetune": "finetune"}
+Ended = Sequence[Mapping[str, Any]]  # the stages that were run, with their names, deeds and accuracies
 
 
-def closing_lines(run: Run, measured: Measured, compression: float | None, labels: Tensor) -> list[str]:
+def closing_lines(
+    run: Run, given: Mapping[str, float | None] | None, stages: Ended, compression: float | None, labels: Tensor
+) -> list[str]:
     """The lines: of a network that is no better than chance, that lost most to pruning, that is hardly compressed.
 
-    compression: of the weights, None where none is left; labels: of the test set.
+    given: the accuracy of the weights that the run starts from; compression: of the weights, None where none is left;
+    labels: of the test set.
     """
-    if not run.stages or "final" not in measured:
+    if not stages:
         return []
     chance = _most_frequent(labels)
     bound = chance + 2 * (chance * (1 - chance) / len(labels)) ** 0.5  # a little luck
-    final = measured["final"]["test"]
+    final = stages[-1]["accuracy"]["test"]
     if final <= bound:
-        return [_at_chance(run, measured, bound, final, chance)]
+        return [_at_chance(run, given, stages, bound, final, chance)]
     lines = []
-    if "prune" in run.stages:
-        before = next((measured[name]["test"] for name in ("regularized", "dense") if name in measured), None)
+    dense = before_masks(stages)
+    if len(dense) < len(stages):
+        before = dense[-1]["accuracy"]["test"] if dense else given and given["test"]
         if before is not None and before > bound and final - chance < (1 - MOST) * (before - chance):
             lines.append(f"pruning cost most of the accuracy, {before:.2%} before and {final:.2%} now: {_lower(run)}")
         if compression is not None and compression < HARDLY:
@@ -40,28 +48,48 @@ def _most_frequent(labels: Tensor) -> float:
     return labels.bincount().max().item() / len(labels)
 
 
-def _at_chance(run: Run, measured: Measured, bound: float, final: float, chance: float) -> str:
+def _at_chance(
+    run: Run, given: Mapping[str, float | None] | None, stages: Ended, bound: float, final: float, chance: float
+) -> str:
     """Which stage is to blame: the first after which the network is no better than chance, as it still is."""
     start = f"the network is no better than chance, {final:.2%} where one class always is {chance:.2%}: "
-    trains = [stage for stage in run.stages if stage != "prune"]
-    if run.model.weights is not None and measured["dense"]["test"] <= bound and "pretrain" not in run.stages:
+    recipe = [Planned([stage]) for stage in run.recipe]
+    is_trained = any(stage.schedule and not stage.regularizers and not stage.holds_zeros for stage in recipe)
+    if given is not None and given["test"] <= bound and not is_trained:
         return (
             f"{start}model.weights={run.model.weights} is so as given: were its images scaled as data.normalize does?"
         )
-    stage = next(stage for stage in run.stages if measured[AFTER[stage]]["test"] <= bound)
-    if stage == "prune":
+    accuracy = {stage["name"]: stage["accuracy"]["test"] for stage in stages}
+    trained = [stage for stage in recipe if stage.schedule]
+    able = recipe[recipe.index(trained[0]) if trained else 0 :]  # what comes before has nothing to lose
+    still = list(itertools.takewhile(lambda stage: accuracy[stage.name] <= bound, reversed(able)))[::-1]
+    blamed = next((each for each in still if each.schedule or each.rules), able[-1])
+    if not blamed.schedule:
         return start + _lower(run)
-    numbers = getattr(run.schedule, stage)
-    keys = f"schedule.{stage}.lr={numbers.lr:g}"
-    if stage == "regularize" and run.reg.penalty is not None:
-        keys = f"reg.decay={run.reg.decay:g} or {keys}"
-    longer = f", or raise schedule.{stage}.epochs={numbers.epochs}" if stage == trains[0] else ""
-    return f"{start}since {stage}; lower {keys}{longer}"
+    keys = causes(blamed)
+    more = f", or raise {blamed.key('schedule')}.epochs={blamed.schedule.epochs}" if blamed is trained[0] else ""
+    if any(MASKED in stage["did"] for stage in stages[: [stage.name for stage in recipe].index(blamed.name) + 1]):
+        more += f", or {_lower(run)}"
+    return f"{start}since {blamed.name}; lower {keys}{more}"
+
+
+def causes(stage: Planned) -> str:
+    """What makes the training of a stage fail if it is too large, with its values."""
+    causes = f"{stage.key('schedule')}.lr={stage.schedule.lr:g}"
+    regularizer = (stage.regularizers or [None])[0]
+    if regularizer is not None and regularizer.penalty is not None:
+        causes = f"{stage.key('penalty')}.decay={regularizer.decay:g} or {causes}"
+    return causes
 
 
 def _named(run: Run) -> str:
     """What decides how much is pruned, with its value."""
-    decay = f" or reg.decay={run.reg.decay:g}" if "regularize" in run.stages and run.reg.penalty is not None else ""
+    budgets = [name for name, _ in run.budget.alone()]
+    if budgets:
+        return budgets[0]
+    recipe = [Planned([stage]) for stage in run.recipe]
+    decays = {stage.key("penalty"): stage.regularizers[0] for stage in recipe if stage.regularizers}
+    decay = "".join(f" or {key}.decay={each.decay:g}" for key, each in decays.items() if each.penalty is not None)
     return f"sensitivity={run.sensitivity:g}{decay}"
 
 

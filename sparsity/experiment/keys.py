@@ -1,68 +1,105 @@
 """What determines each stage of a run, and the key in the store that follows from it."""
 
-import dataclasses
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsity import store
-from sparsity.config import Call, Run
+from sparsity.config import START, Run, Stage
+from sparsity.config.signatures import marked
 from sparsity.files import file_digest
+from sparsity.nodes import STATE, Call, Regularizer
 
 # The code of a stage is every file of this package but those that change no number. What is left counts in a member's
-# first stage, and so in all later ones; the code of one stage alone counts there.
-NO_NUMBERS = ("__init__", "accounting", "callbacks", "config", "console", "errors", "files", "front", "kinds")
-NO_NUMBERS += ("launcher", "memory", "processes", "results", "store", "streams", "sweeper", "tables")
+# first stage, and so in all later ones; what some stages use counts in those alone.
+NO_NUMBERS = ("__init__", "callbacks", "config", "console", "errors", "files", "front", "kinds")
+NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "streams", "sweeper", "tables")
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
-OF_ONE_STAGE = {"regularizers": "regularize", "pruning": "prune", "compaction": "finetune"}
+NO_NUMBERS += ("experiment.closing", "experiment.job", "experiment.views")
+# what counts in the stages that use it alone
+OF_SOME = ("regularizers", "pruning", "limits", "budgets", "accounting", "compaction")
 
 
 class Key(NamedTuple):
-    """The key of one stage, and what it is the hash of."""
+    """The key of one stage or state, and what it is the hash of."""
 
     key: str
     ingredients: dict[str, Any]
 
 
 def stage_keys(run: Run, data: str, device: str, precision: str) -> dict[str, Key]:
-    """The key of every stage of a run.
+    """The key of every stage of a run, and of every state that one of them names.
 
     data: the fingerprint of the images; device: its kind; precision: the resolved one.
     """
     place = {"format": store.FORMAT, "data": data, "device": device, "precision": precision, "seed": run.seed}
     before: Any = {"model": _call(run.model.factory), "weights": run.model.weights and _weights(run.model.weights)}
-    before["code"] = store.our_code((*NO_NUMBERS, *OF_ONE_STAGE, *(() if run.model.weights else ("weights",))))
+    before["code"] = store.our_code((*NO_NUMBERS, *OF_SOME, *(() if run.model.weights else ("weights",))))
     before |= {} if run.model.head is None else {"head": run.model.head}
     keys: dict[str, Key] = {}
-    for stage in run.stages:
-        ingredients = {"stage": stage, "before": before, **place, **_own(stage, run), "code": _code(stage)}
-        keys[stage] = Key(store.key_of(ingredients), ingredients)
-        before = keys[stage].key
+    for stage in run.recipe:
+        states = {name: _state_key(name, keys) for name in named_states(stage)}
+        ingredients = {"stage": stage.name, "before": before, **place, **_own(stage)}
+        ingredients |= {"states": {name: key and key.key for name, key in states.items()}} if states else {}
+        keys |= {name: key for name, key in states.items() if key is not None}
+        keys[stage.name] = Key(store.key_of(ingredients), ingredients)
+        before = keys[stage.name].key
     return keys
 
 
-def _code(stage: str) -> dict[str, str]:
-    """Our code that this stage alone runs."""
-    others = [room for room in store.our_code() if OF_ONE_STAGE.get(room.partition(".")[0]) != stage]
-    return store.our_code(others)
+def named_states(stage: Stage) -> list[str]:
+    """The earlier states that a stage names."""
+    found = [stage.call.numbers.get(name) for name in marked(stage.call.function, STATE)]
+    return [name for name in found if name is not None]
 
 
-def _weights(path: str) -> str | None:
-    return file_digest(path) if Path(path).is_file() else None  # a missing file is refused where it is read
+def _state_key(name: str, keys: Mapping[str, Key]) -> Key | None:
+    """The key of a state: of a stage it is the stage's, of one of its epochs one of its own; None of the start."""
+    made, sign, epoch = name.partition("@")
+    if made == START:
+        return None
+    if not sign:
+        return keys[made]
+    ingredients = {**keys[made].ingredients, "stop": int(epoch)}
+    return Key(store.key_of(ingredients), ingredients)
 
 
-def _own(stage: str, run: Run) -> dict[str, Any]:
-    """What a stage is made of, besides the stage before it."""
-    if stage == "prune":
-        rule = {entry.name: getattr(run.prune, entry.name) for entry in dataclasses.fields(run.prune)}
-        calls = {"rule": _call(run.prune.rule), "cut": run.prune.cut and _call(run.prune.cut)}
-        return {"rule": {**rule, **calls, "search": None}, "sensitivity": run.sensitivity}
-    numbers = dataclasses.asdict(getattr(run.schedule, stage))
-    loop = {"schedule": numbers, "batch_size": run.schedule.batch_size, "optimizer": _call(run.optimizer)}
-    if stage != "regularize" or run.reg.penalty is None:
-        return loop
-    penalty = {"penalty": _call(run.reg.penalty), "decay": run.reg.decay, "apply_to": run.reg.apply_to}
-    return {**loop, **penalty}
+def _own(stage: Stage) -> dict[str, Any]:
+    """What a stage is made of, besides what comes before it: its function, its numbers, and the code of its own."""
+    numbers = {name: _plain(value) for name, value in stage.call.numbers.items() if value is not None}
+    rooms = {call.target.split(".")[1] for call in _calls(stage.call) if call.target.startswith("sparsity.")}
+    rooms |= {"limits", "budgets", "accounting"} if "budget" in numbers else set()
+    rooms |= {"compaction"} if numbers.get("hold") == "zeros" else set()
+    others = {room.partition(".")[0] for room in store.our_code()} - (rooms & set(OF_SOME))
+    return {"function": {**_call(stage.call), "numbers": numbers}, "code": store.our_code(others)}
+
+
+def _plain(value: Any) -> Any:
+    """A node as JSON takes it, without what changes no number."""
+    if isinstance(value, Call):
+        return _call(value)
+    if isinstance(value, Regularizer) and value.penalty is None:
+        return None  # its other numbers are of no use
+    if is_dataclass(value):
+        return {each.name: _plain(getattr(value, each.name)) for each in fields(value) if each.name != "search"}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _calls(value: Any) -> list[Call]:
+    """The functions that a node names, at any depth."""
+    if isinstance(value, Call):
+        return [value, *(call for number in value.numbers.values() for call in _calls(number))]
+    if is_dataclass(value):
+        return [call for each in fields(value) for call in _calls(getattr(value, each.name))]
+    return []
 
 
 def _call(call: Call) -> dict[str, Any]:
     return {"target": call.target, "numbers": call.numbers, "code": store.code_of(call.target, call.function)}
+
+
+def _weights(path: str) -> str | None:
+    return file_digest(path) if Path(path).is_file() else None  # a missing file is refused where it is read

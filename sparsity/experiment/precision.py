@@ -50,7 +50,7 @@ def _decided() -> str:
 
 
 def _measure() -> dict[str, Any]:
-    """Times products in turns, and looks at whether bfloat16 gives the right ones."""
+    """Times interleaved products, and looks at whether bfloat16 gives the right ones."""
     rows, inner, columns = SIZES
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(rows, inner, generator=generator), torch.randn(inner, columns, generator=generator)

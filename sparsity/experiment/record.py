@@ -4,7 +4,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,80 +13,29 @@ import torch
 
 from sparsity import console, results
 from sparsity.accounting import Report, account
-from sparsity.config import Run
+from sparsity.config import START, Run
 from sparsity.errors import DivergedError, SparsityError, StageError, reason
 from sparsity.evaluation import evaluate, images_at_once
-from sparsity.experiment.closing import closing_lines
+from sparsity.experiment.closing import causes, closing_lines
 from sparsity.experiment.folder import check_writable, finished, held, writing
+from sparsity.experiment.job import Job, Member
 from sparsity.experiment.keys import Key
-from sparsity.experiment.parts import owner_of
+from sparsity.experiment.plan import Planned, planned
 from sparsity.experiment.precision import precision_of
-from sparsity.experiment.stored import check, circumstances, epoch_of, population_of, run_stage, tensors_of
-from sparsity.graph import Graph, Layer
+from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of, population_of, tensors_of
+from sparsity.experiment.views import accuracies, selection
 from sparsity.population import Population, join
 from sparsity.results import plots
 from sparsity.results.sealed import FORMAT, sealed
-from sparsity.stages import Ingredients
+from sparsity.stages import MASKED, PENALIZED, Context
+from sparsity.stages.rules import owner_of
 from sparsity.store import Kept, Store
 from sparsity.tables import say_parts
-from sparsity.training import Epoch
 from sparsity.weights import write_state
 
 log = logging.getLogger("sparsity")
 
 NETWORK = "model.safetensors"
-MEASURED = {"pretrain": "dense", "regularize": "regularized", "prune": "pruned"}  # accuracies after a stage
-
-
-def _whole_layer(name: str, run: Run) -> str:
-    layer = name.rpartition(".")[0] or name
-    owner = owner_of(name, run.prune.layers)
-    key = "sensitivity" if owner is None else f"prune.layers.{owner}"
-    number = run.sensitivity if owner is None else run.prune.layers[owner]
-    return (
-        f"{key}={number:g} pruned all of {name}, so that the output no longer depends on the input there: lower it, or "
-        f"give the layer its own by prune.layers.{layer}"
-    )
-
-
-@dataclass(frozen=True)
-class Job:
-    """One member: its checked run, its folder; its config, notes and overrides as they are written into the result."""
-
-    run: Run
-    folder: Path
-    config: Any = None
-    notes: Sequence[str] = ()
-    overrides: Sequence[str] = ()  # of the command line: those that run the member by itself
-    flags: Sequence[str] = ()  # of the command line, before the overrides
-    in_sweep: bool = False  # says one line on the terminal, not two tables
-    number: int = 0  # among the jobs that run together
-
-
-@dataclass
-class Member:
-    """What one member has come to."""
-
-    job: Job
-    keys: Mapping[str, Key]
-    population: Population  # of this member alone
-    error: SparsityError | None = None
-    finished: dict[str, Any] | None = None  # the result, where another process was first
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and hash of the networks written
-    warnings: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    computed: list[str] = field(default_factory=list)  # the stages that were not in the store
-    computed_with: dict[str, dict[str, Any]] = field(default_factory=dict)  # threads, versions, … of every stage
-    measured: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    histories: dict[str, list[Epoch]] = field(default_factory=dict)
-    selected_epoch: int | None = None
-    seen: dict[str, dict[str, float]] = field(default_factory=dict)  # what the pruning rule saw: stds, thresholds
-    states: dict[str, Population] = field(default_factory=dict)  # before and after regularizing
-
-    def warn(self, line: str) -> None:
-        """Keeps a warning for the result."""
-        self.warnings.append(line)
-        log.warning(f"warning: {line}", extra={"member": self.job.number})
 
 
 class Record:
@@ -96,21 +45,21 @@ class Record:
         self,
         jobs: Sequence[Job],
         keys: Sequence[Mapping[str, Key]],
-        parts: Ingredients,
+        context: Context,
         population: Population,
-        device: torch.device,
         store: Store | None,
-        choose: Callable[[Ingredients, Population, dict[str, Layer]], int],
-        graph: Graph,
+        choose: Callable[[Sequence[Planned], Population, Context], int],
     ):
         """choose: how many members are trained as one."""
-        self.parts, self.population, self.device, self.store = parts, population, device, store
+        self.context, self.population, self.store = context, population, store
+        self.device = population.device
         self.choose = choose
         self.at_a_time: int | None = None  # chosen where something is to be trained
         self.failed: dict[str, SparsityError] = {}  # by the stage's key
-        self.splits = parts.splits
+        self.splits, self.graph = context.splits, context.graph
         self.run = jobs[0].run
-        self.graph = graph
+        self.stages = planned([job.run for job in jobs])
+        self.named = {name for stage in self.stages for name in stage.states}  # states that stages name
         self.start = time.perf_counter()
         self.members = [
             Member(job, key, population.member(index), warnings=[*job.notes])
@@ -124,8 +73,10 @@ class Record:
             is_same = self.run.model.head is None  # the weights of all members
             measured = self._measure(population.member(0) if is_same else population)
             for index, member in enumerate(self.members):
-                accuracy = measured[0 if is_same else index]
-                member.measured |= {"dense": accuracy, "final": accuracy}
+                member.given = measured[0 if is_same else index]
+        if START in self.named:
+            for member in self.members:
+                member.states[START] = member.population
 
     def _note_data(self) -> None:
         """What there is to say of the data, and settings of the command line that it makes no use of."""
@@ -145,7 +96,7 @@ class Record:
         if units is None or units.unknown:
             them = "its functions do" if units is None else f"{', '.join(units.unknown)} does"
             self._warn_all(f"it is not known what {them} with channels: those stay, and count as kept")
-        if self.splits.validation is None and "finetune" in self.run.stages:
+        if self.splits.validation is None and any(stage.arguments.get("select") for stage in self.stages):
             self._warn_all("data.validation=0: nothing is selected; the network will be that of the last epoch")
 
     def warn_all(self, lines: Iterable[str]) -> None:
@@ -163,7 +114,7 @@ class Record:
         """Holds the members' folders; a member that another process finished meanwhile is taken as it is."""
         with held([member.job.folder for member in self.members]):
             for member in self.members:
-                keys = {stage: key.key for stage, key in member.keys.items()}
+                keys = {name: key.key for name, key in member.keys.items()}
                 member.finished = finished(member.job.folder, keys, member.job.overrides)
             yield
 
@@ -172,143 +123,176 @@ class Record:
         """The members that have not failed and are not finished."""
         return [member for member in self.members if member.error is None and member.finished is None]
 
-    def advance(self, stage: str) -> None:
-        """Takes one stage: from the store where it is there, else computed, once for the members that share it."""
-        if stage == "finetune":
-            for member in self.alive:
-                _warn_of_zeros(member)
-        finished = self._found(stage, self.alive)
-        missing = [member for member in self.alive if member.keys[stage].key not in finished]
-        if missing:
-            with self._claimed(stage, missing):
-                finished |= self._found(stage, missing)  # by whoever held the lock until now
-                finished |= self._computed(stage, _first_of_each(stage, missing, finished))
-        for member in self.alive:
-            key = member.keys[stage].key
-            if key in self.failed:
-                member.error = self.failed[key]
-            else:
-                self._take(stage, member, finished[key])
+    def advance_all(self) -> None:
+        """Takes every stage in order."""
+        for stage in self.stages:
+            self.advance(stage)
 
-    def _found(self, stage: str, members: Iterable[Member]) -> dict[str, Kept]:
+    def advance(self, stage: Planned) -> None:
+        """Takes one stage, and first those of its epochs that a later stage names.
+
+        From the store where they are there, else computed, once for the members that share it.
+        """
+        if stage.holds_zeros:
+            for member in self.alive:
+                _warn_of_zeros(stage.name, member)
+        for state in sorted(name for name in self.named if name.startswith(f"{stage.name}@")):
+            found = self._obtained(state, stage, stop=int(state.rpartition("@")[2]))
+            for member in self._without_failed(state):
+                tensors = found[member.keys[state].key].tensors
+                member.states[state] = population_of(tensors, member.population, self.device)
+        found = self._obtained(stage.name, stage)
+        for member in self._without_failed(stage.name):
+            self._take(stage, member, found[member.keys[stage.name].key])
+
+    def _without_failed(self, name: str) -> list[Member]:
+        """The members whose stage or state has not failed; notes why of the others."""
+        for member in self.alive:
+            member.error = self.failed.get(member.keys[name].key)
+        return self.alive
+
+    def _obtained(self, name: str, stage: Planned, stop: int | None = None) -> dict[str, Kept]:
+        """By key, a stage of the living members, or its state after an epoch."""
+        ready = self._found(name, stage, self.alive)
+        missing = [member for member in self.alive if member.keys[name].key not in ready]
+        if missing:
+            with self._claimed(name, missing):
+                ready |= self._found(name, stage, missing)  # by whoever held the lock until now
+                ready |= self._computed(name, stage, stop, _first_of_each(name, missing, ready))
+        return ready
+
+    def _found(self, name: str, stage: Planned, members: Iterable[Member]) -> dict[str, Kept]:
         if self.store is None:
             return {}
-        like = {member.keys[stage].key: member.population for member in members}
-        found = {key: self.store.find(stage, key, partial(check, stage, like=like[key])) for key in like}
+        like = {member.keys[name].key: member.population for member in members}
+        found = {key: self.store.find(name, key, partial(check, like=like[key])) for key in like}
         found = {key: kept for key, kept in found.items() if kept is not None}
-        here = circumstances(stage, self.parts, self.device)
+        here = circumstances(stage, self.population, self.context)
         for kept in found.values():
             there = kept.note["computed_with"]
-            others = [
-                f"{name}={there.get(name)}" for name in ("threads", "torch", "device") if there.get(name) != here[name]
-            ]
+            keys = [key for key in ("threads", "torch", "device") if there.get(key) != here[key]]
+            others = [f"{key}={there.get(key)}" for key in keys]
             how = f" with {', '.join(others)}" if others else ""
-            log.info(f"{stage:<10} from the store | computed in {_minutes(kept.note['seconds'])}{how}")
+            log.info(f"{name:<10} from the store | computed in {_minutes(kept.note['seconds'])}{how}")
         return found
 
-    def _claimed(self, stage: str, members: Iterable[Member]) -> contextlib.AbstractContextManager[None]:
+    def _claimed(self, name: str, members: Iterable[Member]) -> contextlib.AbstractContextManager[None]:
         if self.store is None:
             return contextlib.nullcontext()
-        return self.store.claim(stage, [member.keys[stage].key for member in members])
+        return self.store.claim(name, [member.keys[name].key for member in members])
 
-    def _computed(self, stage: str, members: list[Member]) -> dict[str, Kept]:
+    def _computed(self, name: str, stage: Planned, stop: int | None, members: list[Member]) -> dict[str, Kept]:
         """The stage of some members, trained together as many at a time as is set, and kept."""
         computed: dict[str, Kept] = {}
-        if self.at_a_time is None and len(members) > 1 and stage in self.parts.loops:
-            self.at_a_time = self.choose(self.parts, self.population, self.graph)
+        if self.at_a_time is None and len(members) > 1 and stage.schedule is not None:
+            self.at_a_time = self.choose(self.stages, self.population, self.context)
         while members:
             size = self.at_a_time or len(members)
             some, members = members[:size], members[size:]
             try:
-                computed |= self._computed_together(stage, some)
+                computed |= self._computed_together(name, stage, stop, some)
             except torch.OutOfMemoryError as error:
                 if len(some) == 1:
-                    self._fail(stage, some[0], error, "out of memory: lower schedule.batch_size, or free some")
+                    self._fail(name, some[0], error, "out of memory: lower schedule.batch_size, or free some")
                     continue
                 self.at_a_time = (len(some) + 1) // 2
                 log.info(f"{len(some)} members do not fit into memory: they are trained {self.at_a_time} at a time")
                 members = [*some, *members]
-            except Exception as error:  # whatever code of the user's own may raise
+            except Exception as error:  # whatever custom code may raise
                 if isinstance(error, AssertionError):
                     raise  # a mistake of ours
                 if len(some) == 1:
-                    self._fail(stage, some[0], error, reason(error))
+                    self._fail(name, some[0], error, reason(error))
                     continue
                 log.info(f"{len(some)} members together fail ({reason(error)}): they are trained one by one")
                 self.at_a_time, members = 1, [*some, *members]
         return computed
 
-    def _fail(self, stage: str, member: Member, error: Exception, why: str) -> None:
+    def _fail(self, name: str, member: Member, error: Exception, why: str) -> None:
         """Notes why a stage of a member, and of those that share it, has failed; others are not stopped."""
-        failure = error if isinstance(error, SparsityError) else StageError(f"{stage}: {type(error).__name__}: {why}")
+        failure = error if isinstance(error, SparsityError) else StageError(f"{name}: {type(error).__name__}: {why}")
         failure.__cause__ = failure.__cause__ or (None if failure is error else error)
-        self.failed[member.keys[stage].key] = failure
+        self.failed[member.keys[name].key] = failure
 
-    def _computed_together(self, stage: str, members: list[Member]) -> dict[str, Kept]:
+    def _computed_together(self, name: str, stage: Planned, stop: int | None, members: list[Member]) -> dict[str, Kept]:
         start = time.perf_counter()
         before = join([member.population for member in members])
-        parts = self.parts.take([self.members.index(member) for member in members])
-        after, notes = run_stage(stage, before, parts)
+        indexes = [self.members.index(member) for member in members]
+        states = {state: join([member.states[state] for member in members]) for state in stage.states}
+        context = replace(self.context.take(indexes), states=states, stop=stop)
+        outcome = stage.take(indexes).run(before, context)
+        after, notes = outcome.population, notes_of(outcome)
         seconds = time.perf_counter() - start
+        how = circumstances(stage, before, context)
         for note, accuracy in zip(notes, self._measure(after)):
-            note.update(accuracy=accuracy, seconds=seconds, computed_with=circumstances(stage, parts, after.device))
+            note.update(accuracy=accuracy, seconds=seconds, computed_with=how)
         computed = {}
         for index, (member, note) in enumerate(zip(members, notes)):
-            kept = computed[member.keys[stage].key] = Kept(tensors_of(after, index), note)
-            member.computed.append(stage)
-            if self.store is not None and note.get("diverged") is None:
-                self.store.keep(stage, *_named(member.keys[stage]), kept=kept)
+            if outcome.errors and outcome.errors[index] is not None:
+                self.failed[member.keys[name].key] = outcome.errors[index]
+                continue
+            kept = computed[member.keys[name].key] = Kept(tensors_of(after, index), note)
+            if stop is None:
+                member.computed.append(name)
+            if self.store is not None and note["diverged"] is None:
+                self.store.keep(name, *member.keys[name], kept=kept)
         return computed
 
     def _measure(self, population: Population) -> list[dict[str, float | None]]:
         """Validation and test accuracy of every member as it is now."""
         held_out = self.splits.validation
-        at_once = images_at_once(population, self.run.schedule.batch_size, self.parts.image_bytes)
+        at_once = images_at_once(population, self.run.schedule.batch_size, self.context.image_bytes)
         validation = None if held_out is None else evaluate(population, held_out, self.splits, at_once)
         test = evaluate(population, self.splits.test, self.splits, at_once)
         return [{"validation": validation and validation[index], "test": value} for index, value in enumerate(test)]
 
-    def _take(self, stage: str, member: Member, kept: Kept) -> None:
+    def _take(self, stage: Planned, member: Member, kept: Kept) -> None:
         """Brings one member to where a finished stage leaves it."""
-        before, note = member.population, kept.note
+        before = member.population
         member.population = population_of(kept.tensors, before, self.device)
-        member.seconds[stage], member.computed_with[stage] = note["seconds"], note["computed_with"]
-        member.measured["final"] = member.measured[MEASURED.get(stage, stage)] = note["accuracy"]
-        if stage == "prune":
-            member.seen = {name: note[name] for name in ("stds", "thresholds")}
-            _warn_of_whole_layers(member, before)
-            self._say_what_is_left(member, note["accuracy"])
-        else:
-            member.histories[stage] = [epoch_of(row) for row in note["history"]]
-        if stage == "regularize":
-            member.states = {"before regularizing": before, "after regularizing": member.population}
-        if stage == "finetune":
-            member.selected_epoch = note["selected_epoch"]
-        self._keep(stage, member)
-        if note.get("diverged") is not None:
-            member.error = _divergence(stage, note["diverged"], member)
+        note = {**kept.note, "left": _left(self._report(member.population))}  # as this code counts it
+        own = stage.take([self.members.index(member)])
+        member.stages.append(_about(own, note))
+        member.computed_with[stage.name] = note["computed_with"]
+        if note["history"]:
+            member.histories[stage.name] = [epoch_of(row) for row in note["history"]]
+        if MASKED in note["did"]:
+            member.seen = {name: note[name] for name in ("stds", "thresholds") if name in note} or member.seen
+            _warn_of_whole_layers(own, member, before)
+            self._say_what_is_left(own, member, note)
+        for line in note.get("said", ()):
+            member.warn(f"{stage.name}: {line}")
+        if PENALIZED in note["did"]:
+            member.penalized = before, member.population
+        if stage.name in self.named:
+            member.states[stage.name] = member.population
+        self._keep(stage.name, member)
+        if note["diverged"] is not None:
+            member.error = _divergence(own, note["diverged"], member)
 
-    def _say_what_is_left(self, member: Member, accuracy: Mapping[str, float | None]) -> None:
+    def _say_what_is_left(self, stage: Planned, member: Member, note: Mapping[str, Any]) -> None:
         """One line after pruning; the table of all tensors comes at the end."""
-        report = self._report(member)
-        line = f"{'prune':<10} {report.nonzero['weights']:,} of {report.total['weights']:,} weights left"
+        left, accuracy = note["left"], note["accuracy"]
+        line = f"{stage.name:<10} {left['nonzero']['weights']:,} of {left['total']['weights']:,} weights left"
+        if "sensitivity" in note:
+            line += f" | {stage.key('sensitivity')} {note['sensitivity']:.4g}, as the budget asks"
         if accuracy["validation"] is not None:
             line += f" | validation {accuracy['validation']:.2%}"
         log.info(line, extra={"member": member.job.number})
 
-    def _keep(self, stage: str, member: Member) -> None:
+    def _keep(self, name: str, member: Member) -> None:
         """The files of one stage in the member's folder."""
         with writing(member.job.folder):
-            description = self._description(member.job.run, stage)
-            path = _stage_file(stage, member)
-            about = write_state(path, member.population.state(0), description)
+            path = _stage_file(name, member)
+            about = write_state(path, member.population.state(0), self._description(member.job.run, name))
             member.files[path.relative_to(member.job.folder).as_posix()] = about
             results.write_history(member.job.folder, member.histories, 0)
 
-    def _report(self, member: Member) -> Report:
-        parameters = {name: parameter[0].detach() for name, parameter in member.population.parameters.items()}
-        buffers = {name: buffer[0].detach() for name, buffer in member.population.buffers.items()}
-        return account(parameters, member.population.layouts, self.graph, buffers=buffers, **member.seen)
+    def _report(self, population: Population, seen: Mapping[str, Any] | None = None) -> Report:
+        """What is left of a population of one."""
+        parameters = {name: parameter[0].detach() for name, parameter in population.parameters.items()}
+        buffers = {name: buffer[0].detach() for name, buffer in population.buffers.items()}
+        return account(parameters, population.layouts, self.graph, buffers=buffers, **(seen or {}))
 
     def _description(self, run: Run, stage: str) -> dict[str, Any]:
         """What a weights file says of its network."""
@@ -329,9 +313,10 @@ class Record:
         return [member.error or member.finished or self._finish(member) for member in self.members]
 
     def _finish(self, member: Member) -> dict[str, Any]:
-        job, report = member.job, self._report(member)
-        description = self._description(job.run, ["given", *self.run.stages][-1])
-        closing = closing_lines(job.run, member.measured, report.compression["weights"], self.splits.test.labels)
+        job, report = member.job, self._report(member.population, member.seen)
+        description = self._description(job.run, ["given", *(stage.name for stage in self.stages)][-1])
+        compression, labels = report.compression["weights"], self.splits.test.labels
+        closing = closing_lines(job.run, member.given, member.stages, compression, labels)
         member.warnings += closing
         with writing(job.folder):
             about = write_state(job.folder / NETWORK, member.population.state(0), description)
@@ -339,38 +324,45 @@ class Record:
             result = sealed(self._result(member, report))
             results.write_history(job.folder, member.histories, 0)
             if job.run.plots or (job.run.plots is None and not job.in_sweep):
-                states = {name: population.state(0) for name, population in member.states.items()}
-                plots.draw_all(job.folder, member.histories, result["layers"], states, results.title(result), 0)
+                self._draw(member, result)
             results.write_result(job.folder, result)  # the last file: where it is, the run is whole
         if not job.in_sweep:
-            self._show(report)
+            self._show(member, report)
         say_parts(results.summary(result, job.folder))
         for line in [] if job.in_sweep else closing:
             log.warning(f"warning: {line}", extra={"member": job.number})
         return {**result, "folder": str(job.folder)}
 
-    def _show(self, report: Report) -> None:
-        """The table of what is left, once: finetuning leaves the zeros that pruning made."""
-        last = next((stage for stage in reversed(self.run.stages) if stage in ("prune", "finetune")), None)
-        if last is not None or not self.run.stages:
-            console.show_report("as given" if last is None else f"after {last}", report)
+    def _draw(self, member: Member, result: Mapping[str, Any]) -> None:
+        """The pictures of a run, the weights before and after its last penalty among them."""
+        names = ("before regularizing", "after regularizing")
+        states = {name: each.state(0) for name, each in zip(names, member.penalized or ())}
+        plots.draw_all(member.job.folder, member.histories, result, states, results.title(result))
+
+    def _show(self, member: Member, report: Report) -> None:
+        """The table of what is left, once: later stages leave the zeros that pruning made."""
+        masks = any(MASKED in stage["did"] for stage in member.stages)
+        if masks or not self.stages or any(stage.holds_zeros for stage in self.stages):
+            console.show_report(f"after {self.stages[-1].name}" if self.stages else "as given", report)
 
     def _result(self, member: Member, report: Report) -> dict[str, Any]:
-        job, run, epoch = member.job, member.job.run, member.selected_epoch
+        job, run = member.job, member.job.run
         typed = [*job.flags, *job.overrides]
+        names = [stage.name for stage in self.stages]
         return {
             "format": FORMAT,
             "name": run.name,
-            "stages": run.stages,
+            "stages": names,
+            "stages_run": member.stages,
             "seed": run.seed,
             "classes": self.splits.classes,
-            "accuracy": results.accuracies(member.measured, member.histories.get("finetune"), epoch, 0),
-            "selection": results.selection(run.stages, epoch),
+            "accuracy": accuracies(member.stages, member.given, member.histories),
+            "selection": selection(member.stages),
             **results.describe_report(report),
             "seconds": {**member.seconds, "total": time.perf_counter() - self.start},
             "computed": member.computed,
             "computed_with": member.computed_with,
-            "keys": {stage: key.key for stage, key in member.keys.items()},
+            "keys": {name: key.key for name, key in member.keys.items()},
             "files": member.files,
             "warnings": member.warnings,
             "overrides": list(job.overrides),
@@ -380,59 +372,98 @@ class Record:
         }
 
 
-def _first_of_each(stage: str, members: Iterable[Member], finished: Mapping[str, Kept]) -> list[Member]:
-    """One member for each key that is not finished."""
+def _about(stage: Planned, note: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage of one member came to, as its result has it."""
+    left = note["left"]
+    return {
+        "name": stage.name,
+        "function": stage.function,
+        "round": stage.stages[0].round,
+        "did": note["did"],
+        "accuracy": note["accuracy"],
+        **{name: left[name] for name in ("nonzero", "compression", "macs", "structure")},
+        "selected_epoch": note["selected_epoch"],
+        "final_from": note.get("final_from", 0),  # the first epoch with the final masks
+        "sensitivity": note.get("sensitivity", (stage.arguments.get("sensitivity") or [None])[0]),
+        "budget": note.get("budget"),
+        "notes": note.get("said", []),
+        "seconds": note["seconds"],
+    }
+
+
+def _left(report: Report) -> dict[str, Any]:
+    """What is left of a network in a few figures."""
+    return {
+        "nonzero": report.nonzero,
+        "total": report.total,
+        "compression": report.compression,
+        "macs": report.macs,
+        "structure": report.structure,
+    }
+
+
+def _first_of_each(name: str, members: Iterable[Member], ready: Mapping[str, Kept]) -> list[Member]:
+    """One member for each key that is not there yet."""
     first: dict[str, Member] = {}
     for member in members:
-        first.setdefault(member.keys[stage].key, member)
-    return [member for key, member in first.items() if key not in finished]
+        first.setdefault(member.keys[name].key, member)
+    return [member for key, member in first.items() if key not in ready]
 
 
-def _named(key: Key) -> tuple[str, dict[str, Any]]:
-    return key.key, key.ingredients
-
-
-def _warn_of_whole_layers(member: Member, before: Population) -> None:
+def _warn_of_whole_layers(stage: Planned, member: Member, before: Population) -> None:
     """Names the weights of which the rule took the last entry that was not zero."""
     after = member.population
     for name in after.masks:
         if after.layouts[name].kind == "weight" and before.parameters[name].any() and not after.parameters[name].any():
-            member.warn(_whole_layer(name, member.job.run))
+            member.warn(_whole_layer(name, stage, member))
 
 
-def _warn_of_zeros(member: Member) -> None:
-    """Names what is all zero, be it never pruned, before finetuning holds it."""
+def _whole_layer(name: str, stage: Planned, member: Member) -> str:
+    layer = name.rpartition(".")[0] or name
+    layers = stage.rules[0].layers if stage.rules else {}
+    owner, number = owner_of(name, layers), member.stages[-1]["sensitivity"]
+    if owner is not None:
+        cause = f"{stage.key('rule')}.layers.{owner}={layers[owner]:g}"
+    else:
+        budget = (stage.arguments.get("budget") or [None])[0]
+        asked = [key for key, _ in budget.alone()] if budget else []
+        cause = asked[0] if asked else f"{stage.key('sensitivity')}={number:g}"
+    remedy = "lower it" if owner is not None or not stage.arguments.get("budget") else "ask for less"
+    return (
+        f"{cause} pruned all of {name}, so that the output no longer depends on the input there: {remedy}, or "
+        f"give the layer its own by prune.layers.{layer}"
+    )
+
+
+def _warn_of_zeros(name: str, member: Member) -> None:
+    """Names what is all zero, be it never pruned, before training holds it."""
     population = member.population
     known = " ".join(line for line in member.warnings if " pruned all of " in line)
     names = [
-        name
-        for name, parameter in population.trainable.items()
-        if population.layouts[name].kind in ("weight", "bias")
+        own
+        for own, parameter in population.trainable.items()
+        if population.layouts[own].kind in ("weight", "bias")
         and not parameter.any()
-        and f" pruned all of {name}," not in known
-        and (population.layouts[name].kind == "weight" or name not in population.masks or population.masks[name].any())
+        and f" pruned all of {own}," not in known
+        and (population.layouts[own].kind == "weight" or own not in population.masks or population.masks[own].any())
     ]
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         member.warn(
-            f"all zero before finetuning, which holds zeros: {', '.join(names[:3])}{more} cannot learn: train first, "
-            f"as by stages=[pretrain,prune,finetune]"
+            f"all zero before {name}, which holds zeros: {', '.join(names[:3])}{more} cannot learn: train first, by a "
+            "stage that does not"
         )
 
 
-def _divergence(stage: str, epoch: int, member: Member) -> DivergedError:
-    run = member.job.run
-    causes = f"schedule.{stage}.lr={getattr(run.schedule, stage).lr:g}"
-    if stage == "regularize" and run.reg.penalty is not None:
-        causes += f" or reg.decay={run.reg.decay:g}"
+def _divergence(stage: Planned, epoch: int, member: Member) -> DivergedError:
     return DivergedError(
-        f"{stage}: the loss became NaN or infinite in epoch {epoch}; {causes} is likely too large: lower it (the "
-        f"last good state is in {_stage_file(stage, member)})"
+        f"{stage.name}: the loss became NaN or infinite in epoch {epoch}; {causes(stage)} is likely too large: lower "
+        f"it (the last good state is in {_stage_file(stage.name, member)})"
     )
 
 
-def _stage_file(stage: str, member: Member) -> Path:
-    return member.job.folder / "stages" / f"{stage}.safetensors"
+def _stage_file(name: str, member: Member) -> Path:
+    return member.job.folder / "stages" / f"{name}.safetensors"
 
 
 def _minutes(seconds: float) -> str:

@@ -9,45 +9,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsity import stages
+from sparsity.experiment.plan import Planned
 from sparsity.population import PARTS, Population
-from sparsity.stages import Ingredients
+from sparsity.stages.context import DEEDS, Context, Outcome
 from sparsity.store import Damaged, Kept
 from sparsity.training import Epoch
 
 PER_MEMBER = ("loss", "penalty", "objective", "validation", "test")  # the numbers of an epoch that are each member's
 
 
-def run_stage(stage: str, before: Population, parts: Ingredients) -> tuple[Population, list[dict[str, Any]]]:
-    """The population after a stage, and what there is to say of each member."""
-    members = range(before.num_members)
-    if stage == "prune":
-        pruned = stages.prune(before, parts)
-        seen = {"stds": pruned.stds, "thresholds": pruned.thresholds}
-        notes = [{kind: {name: each[m] for name, each in seen[kind].items()} for kind in seen} for m in members]
-        return pruned.population, notes
-    trained = getattr(stages, stage)(before, parts)
-    epochs = trained.selected_epoch or [None] * before.num_members
-    notes = [
+def notes_of(outcome: Outcome) -> list[dict[str, Any]]:
+    """What there is to say of each member after a stage, as JSON takes it."""
+    members = range(outcome.population.num_members)
+    epochs, diverged, own = outcome.selected_epoch, outcome.diverged, outcome.notes
+    return [
         {
-            "history": [_row(epoch, member) for epoch in trained.history],
-            "selected_epoch": epochs[member],
-            "diverged": trained.diverged[member],
+            "did": list(outcome.did),
+            "history": [_row(epoch, member) for epoch in outcome.history],
+            "selected_epoch": epochs[member] if epochs else None,
+            "diverged": diverged[member] if diverged else None,
+            **(own[member] if own else {}),
         }
         for member in members
     ]
-    return trained.selected, notes
 
 
-def circumstances(stage: str, parts: Ingredients, device: torch.device) -> dict[str, Any]:
+def circumstances(stage: Planned, population: Population, context: Context) -> dict[str, Any]:
     """What a stage was computed with that its key leaves out, and its numbers may depend on in their last bits."""
+    device, loop = population.device, stage.loop(population, context)
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "members": len(parts.seeds),
-        "step": parts.loops[stage].way if stage in parts.loops else None,
+        "members": len(context.seeds),
+        "step": loop.way if loop else None,
     }
 
 
@@ -88,7 +84,7 @@ def population_of(tensors: Mapping[str, Tensor], like: Population, device: torch
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def check(stage: str, kept: Kept, like: Population) -> None:
+def check(kept: Kept, like: Population) -> None:
     """Refuses a stage that is none of this network: other tensors, or a note that lacks what a result takes from it.
 
     like: the member before the stage.
@@ -96,19 +92,19 @@ def check(stage: str, kept: Kept, like: Population) -> None:
     _check_tensors(kept.tensors, like)
     note = kept.note
     numbers = [note["seconds"], note["accuracy"]["test"], note["accuracy"]["validation"]]
-    if stage == "prune":
-        numbers += [*note["stds"].values(), *note["thresholds"].values()]
-    else:
-        rows = [epoch_of(row) for row in note["history"]]
-        numbers += [number for row in note["history"] for number in row.values()]
-        if note["selected_epoch"] is not None:
-            rows[note["selected_epoch"]]
-        if note["diverged"] is not None:
-            raise Damaged("it is of a loss that diverged")
+    numbers += [number for name in ("stds", "thresholds") for number in note.get(name, {}).values()]
+    rows = [epoch_of(row) for row in note["history"]]
+    numbers += [number for row in note["history"] for number in row.values()]
+    if note["selected_epoch"] is not None:
+        rows[note["selected_epoch"]]
+    if note["diverged"] is not None:
+        raise Damaged("it is of a loss that diverged")
     if any(isinstance(number, bool) or not isinstance(number, int | float | None) for number in numbers):
         raise Damaged("its note holds other things than numbers")
     if not math.isfinite(note["seconds"]) or not isinstance(note["computed_with"], dict):
         raise Damaged("its note does not say how it was computed")
+    if not set(note["did"]) <= set(DEEDS):
+        raise Damaged("its note does not say what it did")
 
 
 def _check_tensors(tensors: Mapping[str, Tensor], like: Population) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsity.errors import reason
 from sparsity.files import write_text
+from sparsity.front import OBJECTIVES
 from sparsity.results.sealed import RESULT
 
 if TYPE_CHECKING:  # what reads finished sweeps imports this room, and needs no torch
@@ -28,31 +29,6 @@ LAYER_FIELDS = ("name", "kind", "shape", "nonzero", "total", "density", "std", "
 LAYER_FIELDS += ("live_outputs", "macs", "macs_removable")
 
 Histories = dict[str, "list[Epoch]"]  # by stage
-
-
-def accuracies(
-    measured: Mapping[str, dict[str, float | None]],
-    finetuned: "list[Epoch] | None",
-    selected_epoch: int | None,
-    member: int,
-) -> dict[str, Any]:
-    """The accuracies of one member; `measured` holds dense, regularized, pruned and final where they were measured."""
-    nothing = {"validation": None, "test": None}
-    found: dict[str, Any] = {name: measured.get(name, nothing) for name in ("dense", "regularized", "pruned")}
-    found |= {"selected": {**nothing, "epoch": None}, "last": nothing, "best": {"test": None, "epoch": None}}
-    found["final"] = measured["final"]
-    if not finetuned:
-        return found
-    if selected_epoch is not None:
-        found["selected"] = {**_accuracy(finetuned[selected_epoch], member), "epoch": selected_epoch}
-    found["last"] = _accuracy(finetuned[-1], member)
-    best = max(finetuned, key=lambda row: row.test[member])  # the first of equals
-    found["best"] = {"test": best.test[member], "epoch": best.epoch}
-    return found
-
-
-def _accuracy(row: "Epoch", member: int) -> dict[str, float | None]:
-    return {"validation": row.validation and row.validation[member], "test": row.test and row.test[member]}
 
 
 def describe_layers(rows: "Iterable[Row]") -> list[dict[str, Any]]:
@@ -176,27 +152,31 @@ def csv_text(header: Iterable[str], rows: Iterable[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-# --- words -----------------------------------------------------------------------------------------------------------
+def dig(node: Any, key: str) -> Any:
+    """What lies under a dotted key; None where there is nothing, or more than one value."""
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return None if isinstance(node, dict) else node
+
+
+def number(result: Mapping[str, Any] | None, key: str) -> float | None:
+    """A number of a result under its dotted key; None where it was not measured.
+
+    Of results of the first versions, which lack the MACs that are left, those that papers count.
+    """
+    found = dig(result, key)
+    if found is None and key == "macs.removable":
+        found = dig(result, "macs.pruned")
+    return None if found is None else float(found)
 
 
 def objectives(result: Mapping[str, Any], names: Iterable[str]) -> tuple[float, ...]:
     """The numbers that a search looks at; accuracy is validation accuracy, counts are of weights."""
-    values = {
-        "accuracy": result["accuracy"]["final"]["validation"],
-        "compression": result["compression"]["weights"],
-        "macs": macs_removable(result["macs"]),
-        "nonzero": result["nonzero"]["weights"],
-    }
-    return tuple(float("nan") if values[name] is None else float(values[name]) for name in names)
+    found = [number(result, OBJECTIVES[name].key) for name in names]
+    return tuple(float("nan") if value is None else value for value in found)
 
 
-def selection(run_stages: list[str], epoch: int | None) -> str:
-    """How the network that a run hands back was chosen, in words."""
-    if "finetune" not in run_stages:
-        return "no epoch was selected: the network is that after the last stage"
-    if epoch is None:
-        return "nothing was selected (data.validation=0): the network is that of the last finetuning epoch"
-    return f"finetuning epoch {epoch}, selected by validation accuracy"
+# --- words -----------------------------------------------------------------------------------------------------------
 
 
 def title(result: Mapping[str, Any]) -> str:
@@ -205,10 +185,10 @@ def title(result: Mapping[str, Any]) -> str:
     compression = result["compression"]["weights"]
     times = f"{compression:.1f}×" if compression else "nothing left"
     test = result["accuracy"]["final"]["test"]
-    return (
-        f"{name.get('model')}, {name.get('data')}, reg={name.get('reg')}, prune={name.get('prune')}: "
-        f"{test:.2%} test accuracy, {times} fewer weights"
-    )
+    config = result.get("config") or {}
+    methods = [group for group, node in config.items() if isinstance(node, dict) and "search" in node]
+    parts = [name.get("model"), name.get("data"), *(f"{group}={name.get(group)}" for group in sorted(methods)[::-1])]
+    return f"{', '.join(map(str, parts))}: {test:.2%} test accuracy, {times} fewer weights"
 
 
 def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
@@ -219,11 +199,14 @@ def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
     )
     after = _percent(accuracy["final"]["test"])
     note = ""
-    if "finetune" in result["stages"]:
+    if accuracy["last"]["test"] is not None:
         epoch = accuracy["selected"]["epoch"]
         chosen = "last epoch, nothing selected" if epoch is None else f"epoch {epoch}, selected on validation"
         last, best = _percent(accuracy["last"]["test"]), _percent(accuracy["best"]["test"])
-        note = f" ({chosen}; last {last}; best on test, as the reference reports, {best})"
+        ran = result.get("stages_run") or []  # results of the first version lack it: their last stage selected
+        chooser, end = next((stage["name"] for stage in ran[::-1] if "selected" in stage["did"]), None), ran[-1:]
+        start = f"after {end[0]['name']}; {chooser}: " if end and end[0]["name"] != chooser else ""
+        note = f" ({start}{chosen}; last {last}; best on test, as the reference reports, {best})"
     return [
         f"test accuracy {_percent(before)} → {after}{note}",
         f"compression {_times(compression['weights'])} of weights, {_times(compression['parameters'])} with biases",
@@ -231,11 +214,6 @@ def summary(result: Mapping[str, Any], folder: Path) -> list[str]:
         macs_left(result["macs"]),
         f"files in {near(folder)}",
     ]
-
-
-def macs_removable(macs: Mapping[str, int]) -> int:
-    """The MACs that are left once dead units are removed; of results that lack them, those that papers count."""
-    return macs.get("removable", macs["pruned"])
 
 
 def macs_left(macs: Mapping[str, int]) -> str:

@@ -11,9 +11,10 @@ from sparsity.errors import USER_MISTAKE, ConfigError, SparsityError
 from sparsity.files import file_digest, whole
 from sparsity.front import OBJECTIVES
 from sparsity.results import table
-from sparsity.results.members import RESULT, Member
+from sparsity.results.members import RESULT, MemberFolder
 from sparsity.results.points import Point, smallest
-from sparsity.results.sweeps import Summary, summarise
+from sparsity.results.summaries import Summary
+from sparsity.results.sweeps import summarise
 from sparsity.streams import be_lenient, say
 
 REFERENCE_ACCURACY = 0.9
@@ -122,7 +123,7 @@ def export(point: Point, path: Path, sweeps: Sequence[Path] = ()) -> None:
         raise ConfigError(f"--export {path} cannot be written: {error.strerror or error}") from error
 
 
-def _copies(member: Member, path: Path) -> dict[Path, Path]:
+def _copies(member: MemberFolder, path: Path) -> dict[Path, Path]:
     """Which file goes where."""
     network, result = member.folder / NETWORK, member.folder / RESULT
     if path.suffix == Path(NETWORK).suffix:

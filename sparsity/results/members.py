@@ -15,19 +15,19 @@ import yaml
 from sparsity.errors import ConfigError
 from sparsity.files import Unreadable, read_json
 from sparsity.front import OBJECTIVES
-from sparsity.results import BEGUN, FAILURE
-from sparsity.results.sealed import FORMAT, RESULT, read_result
+from sparsity.results import BEGUN, FAILURE, dig, number
+from sparsity.results.sealed import RESULT, read_result
 
 log = logging.getLogger("sparsity")
 
 SWEEP = "sweep.json"
+FORMAT = 1  # of it
 HYDRA = ".hydra"  # the folder that Hydra leaves in every job's folder
-SIZES = {"compression": "compression.weights", "macs": "macs.removable", "nonzero": "nonzero.weights"}
 WITHOUT_EFFECT = ("plots", "step", "threads")  # settings that change no result
 
 
 @dataclass(frozen=True)
-class Member:
+class MemberFolder:
     """One run of a sweep, as its folder tells it."""
 
     sweep: Path
@@ -67,10 +67,7 @@ class Member:
 
     def number(self, key: str) -> float | None:
         """A number of the result under its dotted key; None where it was not measured."""
-        found = dig(self.result, key)
-        if found is None and key == SIZES["macs"]:  # results of the first versions lack it
-            found = dig(self.result, "macs.pruned")
-        return None if found is None else float(found)
+        return number(self.result, key)
 
     @property
     def key(self) -> str:
@@ -79,11 +76,11 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class SweepFolder:
     """A folder of members, and what `sweep.json` says of it, if it is there."""
 
     folder: Path
-    members: list[Member]
+    members: list[MemberFolder]
     header: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -97,13 +94,6 @@ def split(override: str) -> tuple[str, str]:
     """The key and the value of an override."""
     key, _, value = override.lstrip("+~").partition("=")
     return key, value
-
-
-def dig(node: Any, key: str) -> Any:
-    """What lies under a dotted key; None where there is nothing, or more than one value."""
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return None if isinstance(node, dict) else node
 
 
 def shown(value: Any) -> str | None:
@@ -122,13 +112,13 @@ def canonical(text: str | None) -> str | float | None:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_sweep(folder: Path) -> Sweep:
+def read_sweep(folder: Path) -> SweepFolder:
     """The members below a folder, in the order of their jobs."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: name the folder of a sweep or of runs")
     header = _header(folder / SWEEP)
     found = sorted(_member_folders(folder), key=lambda path: _natural(path.relative_to(folder)))
-    return Sweep(folder, [_member(folder, path) for path in found], header)
+    return SweepFolder(folder, [_member(folder, path) for path in found], header)
 
 
 def _member_folders(root: Path) -> Iterable[Path]:
@@ -147,12 +137,12 @@ def _natural(path: Path) -> list[list[Any]]:
     return [[int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)] for name in path.parts]
 
 
-def _member(sweep: Path, folder: Path) -> Member:
+def _member(sweep: Path, folder: Path) -> MemberFolder:
     result, error = _result(folder / RESULT)
     if result is None and error is None and (folder / FAILURE).exists():
         error = _failure(folder)
     given = (result or {}).get("overrides")
-    return Member(sweep, folder, tuple(_noted_overrides(folder) if given is None else given), result, error)
+    return MemberFolder(sweep, folder, tuple(_noted_overrides(folder) if given is None else given), result, error)
 
 
 def _header(path: Path) -> dict[str, Any]:
@@ -216,7 +206,7 @@ def _noted_overrides(folder: Path) -> list[str]:
 # --- what was swept --------------------------------------------------------------------------------------------------
 
 
-def swept_keys(sweeps: Iterable[Sweep]) -> list[str]:
+def swept_keys(sweeps: Iterable[SweepFolder]) -> list[str]:
     """The keys that the sweeps name as swept, and those whose values differ between members."""
     sweeps = list(sweeps)
     named = [key for sweep in sweeps for key in sweep.header.get("swept") or ()]
@@ -226,13 +216,13 @@ def swept_keys(sweeps: Iterable[Sweep]) -> list[str]:
     return list(dict.fromkeys([*named, *differing]))
 
 
-def differs(members: Iterable[Member], key: str) -> bool:
+def differs(members: Iterable[MemberFolder], key: str) -> bool:
     """Whether members have different values of a key, as far as they are known."""
     known = [member for member in members if member.result is not None or key in member.settings]
     return len({canonical(member.value(key)) for member in known}) > 1
 
 
-def chosen_objectives(sweeps: Iterable[Sweep], given: Iterable[str] | None) -> list[str]:
+def chosen_objectives(sweeps: Iterable[SweepFolder], given: Iterable[str] | None) -> list[str]:
     """The objectives: those given, or else those that the sweeps were run for."""
     found = [list(given)] if given is not None else [names for sweep in sweeps if (names := _own_objectives(sweep))]
     if any(names != found[0] for names in found):
@@ -244,7 +234,7 @@ def chosen_objectives(sweeps: Iterable[Sweep], given: Iterable[str] | None) -> l
     return names
 
 
-def _own_objectives(sweep: Sweep) -> list[str] | None:
+def _own_objectives(sweep: SweepFolder) -> list[str] | None:
     results = [member.result for member in sweep.members if member.result is not None]
     return sweep.header.get("objectives") or (results and results[0].get("config", {}).get("objectives")) or None
 
@@ -252,7 +242,7 @@ def _own_objectives(sweep: Sweep) -> list[str] | None:
 # --- summary.csv -----------------------------------------------------------------------------------------------------
 
 LEFT_OUT = ("format", "config", "layers", "environment", "overrides", "computed", "computed_with", "files", "checksum")
-LEFT_OUT += ("keys", "warnings")
+LEFT_OUT += ("keys", "warnings", "stages_run")
 
 
 def metrics(result: dict[str, Any]) -> dict[str, Any]:

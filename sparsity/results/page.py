@@ -5,12 +5,12 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsity.files import write_text
+from sparsity.front import SIZES
 from sparsity.results import macs_left
 from sparsity.results.pareto import (
-    LABELS,
     LOG_SPAN,
     MARKERS,
     MOST_DENSE,
@@ -27,9 +27,7 @@ from sparsity.results.pareto import (
 )
 from sparsity.results.points import describe
 from sparsity.results.sealed import finite
-
-if TYPE_CHECKING:
-    from sparsity.results.sweeps import Summary
+from sparsity.results.summaries import Summary
 
 TEMPLATE = Path(__file__).with_name("pareto.html")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x")  # MARKERS, as plotly calls them
@@ -38,12 +36,12 @@ DASHES = ("dash", "dot", "dashdot", "longdash")  # as plotly calls those of the 
 DECADES = 12  # of tick marks
 
 
-def write(path: Path, view: View, summary: "Summary") -> None:
+def write(path: Path, view: View, summary: Summary) -> None:
     """The page as a file."""
     write_text(path, page_of(view, summary))
 
 
-def page_of(view: View, summary: "Summary") -> str:
+def page_of(view: View, summary: Summary) -> str:
     """The picture as a page that needs no network: pointing shows a point, a click its command."""
     from plotly.offline import get_plotlyjs
 
@@ -167,7 +165,7 @@ def _percent(estimate: dict[str, float | None]) -> str:
 
 
 def _layout(view: View) -> dict[str, Any]:
-    across = {"type": "log", "title": {"text": LABELS[view.size]}, "gridcolor": "#eee", **_ticks(view)}
+    across = {"type": "log", "title": {"text": SIZES[view.size].label}, "gridcolor": "#eee", **_ticks(view)}
     up = {"title": {"text": "test accuracy"}, "tickformat": ".2~%", "range": view.heights, "gridcolor": "#eee"}
     return {
         "xaxis": across,

@@ -5,23 +5,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from sparsity.files import whole
-from sparsity.results.members import SIZES, canonical
+from sparsity.front import OBJECTIVES, SIZES
+from sparsity.results.members import canonical
 from sparsity.results.pictures import as_typed, drawing
 from sparsity.results.points import DENSE, FEWEST, TEST, Point, size_objective
+from sparsity.results.summaries import Summary
 
-if TYPE_CHECKING:
-    from sparsity.results.sweeps import Summary
-
-LABELS = {
-    "compression": "compression of the weights (×), more is better →",
-    "macs": "MACs of one image once dead units are removed, ← fewer is better",
-    "nonzero": "non-zero weights, ← fewer is better",
-}
 PUBLISHED = Path(__file__).with_name("published.csv")
-PUBLISHED_COLUMNS = {"compression": "compression", "macs": "macs", "nonzero": "nonzero_weights"}
 PUBLISHED_KINDS = {"element": "single weights pruned", "structured": "whole units pruned"}
 PUBLISHED_MARKERS = {"element": "x", "structured": "s"}
 
@@ -114,7 +107,7 @@ def draw(path: Path, view: View) -> None:
         figure_of(view).savefig(temporary, dpi=DPI, format="png")
 
 
-def view_of(summary: "Summary", color_by: str | None, published: bool) -> View:
+def view_of(summary: Summary, color_by: str | None, published: bool) -> View:
     """What the pictures of a summary show."""
     size = size_objective(summary.objectives)
     spots = {id(point): spot for point in summary.points if (spot := _spot(point, size)) is not None}
@@ -128,11 +121,11 @@ def view_of(summary: "Summary", color_by: str | None, published: bool) -> View:
 
 
 def _spot(point: Point, size: str) -> Spot | None:
-    x, y = point.estimate(SIZES[size]), point.estimate(TEST)
+    x, y = point.estimate(OBJECTIVES[size].key), point.estimate(TEST)
     if not x.mean or y.mean is None:
         return None
     has_dots = 1 < len(point.members) < FEWEST
-    seeds = list(zip(point.numbers(SIZES[size]), point.numbers(TEST))) if has_dots else []
+    seeds = list(zip(point.numbers(OBJECTIVES[size].key), point.numbers(TEST))) if has_dots else []
     return Spot(x.mean, y.mean, x.interval or 0.0, y.interval or 0.0, point, seeds)
 
 
@@ -158,7 +151,7 @@ def _floor(accuracies: Sequence[float]) -> float:
     return 1 - max(WORST_SHOWN * error, error + LEAST_SHOWN)
 
 
-def _first_varied(summary: "Summary") -> str | None:
+def _first_varied(summary: Summary) -> str | None:
     """The first swept key, other than the seed, that differs between points."""
     keys = [key for key in summary.swept if key != "seed"]
     return next((key for key in keys if len({canonical(point.value(key)) for point in summary.points}) > 1), None)
@@ -169,7 +162,7 @@ def _published(points: Sequence[Point], size: str) -> list[Published]:
     networks = {point.value("model") for point in points}
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["network"] in networks]
-    column = PUBLISHED_COLUMNS[size]
+    column = SIZES[size].published
     known = [row for row in rows if row[column] and row["accuracy_pct"]]
     found = [
         Published(f"{row['method']}, {row['year']}", row["kind"], float(row[column]), float(row["accuracy_pct"]) / 100)
@@ -241,7 +234,7 @@ def _set_axes(axis: Any, view: View) -> None:
     axis.set_xscale("log")
     axis.set_xlim(*view.widths)
     axis.set_ylim(*view.heights)
-    axis.set_xlabel(LABELS[view.size], fontsize=SMALL + 1)
+    axis.set_xlabel(SIZES[view.size].label, fontsize=SMALL + 1)
     axis.set_ylabel("test accuracy", fontsize=SMALL + 1)
     axis.tick_params(labelsize=SMALL)
     axis.grid(color="0.92", linewidth=0.6)

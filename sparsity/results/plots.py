@@ -1,6 +1,8 @@
 """Pictures of a run: training curves, density per layer, the weights before and after regularizing."""
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ from sparsity.training import Epoch
 
 Histories = dict[str, list[Epoch]]  # by stage
 
-COLOURS = {"pretrain": "#4477aa", "regularize": "#ee6677", "finetune": "#228833"}
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Tol's bright ones
+ROUND = re.compile(r"-\d+$")  # of a repeated stage's name
 ACCURACIES = {"validation": "-", "test": ":"}
 NUM_BINS = 80
 SMALLEST = 1e-8  # magnitudes below are drawn at the left edge
@@ -22,39 +25,43 @@ SMALLEST = 1e-8  # magnitudes below are drawn at the left edge
 def draw_all(
     folder: Path,
     histories: Histories,
-    layers: list[dict[str, Any]],
+    result: Mapping[str, Any],
     states: dict[str, Tensors],
     title: str,
-    member: int,
 ) -> list[Path]:
     """The pictures that the run has something for; states: the weights before and after regularizing."""
+    layers = result["layers"]
     with drawing():
         paths = [draw_density(folder / "density.png", layers, as_typed(title))]
         if any(histories.values()):
-            paths.append(draw_curves(folder / "curves.png", histories, as_typed(title), member))
+            paths.append(draw_curves(folder / "curves.png", histories, as_typed(title)))
+        if sum("masked" in stage["did"] for stage in result["stages_run"]) > 1:
+            paths.append(draw_rounds(folder / "rounds.png", result["stages_run"], as_typed(title)))
         if any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
             paths.append(draw_weights(folder / "weights.png", states, layers, as_typed(title)))
         return paths
 
 
-def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Path:
-    """Loss, penalty and accuracy over the epochs of all stages in one plot."""
+def draw_curves(path: Path, histories: Histories, title: str, member: int = 0) -> Path:
+    """Loss, penalty and accuracy over the epochs of all stages in one plot; the rounds of a stage share a colour."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 7), layout="constrained")
     axes = figure.subplots(3, 1, sharex=True)
-    offset = 0
+    kinds_of = list(dict.fromkeys(ROUND.sub("", stage) for stage in histories))
+    offset, named = 0, set()
     for stage, history in histories.items():
+        kind = ROUND.sub("", stage)
+        colour, label = COLOURS[kinds_of.index(kind) % len(COLOURS)], None if kind in named else kind
+        named.add(kind)
         rows = [row for row in history if row.epoch > 0]
         epochs = [offset + row.epoch for row in rows]
         marker = "." if len(rows) < 60 else None
         for axis, name in zip(axes, ("loss", "penalty")):
-            axis.plot(
-                epochs, [getattr(row, name)[member] for row in rows], color=COLOURS[stage], marker=marker, label=stage
-            )
-        _draw_accuracy(axes[2], [row for row in history if row.validation or row.test], offset, stage, marker, member)
+            axis.plot(epochs, [getattr(row, name)[member] for row in rows], color=colour, marker=marker, label=label)
+        _draw_accuracy(axes[2], [row for row in history if row.validation or row.test], offset, colour, marker, member)
         offset += len(rows)
         for axis in axes:
             axis.axvline(offset + 0.5, color="0.85", linewidth=0.8)
@@ -67,7 +74,7 @@ def draw_curves(path: Path, histories: Histories, title: str, member: int) -> Pa
         axes[2].yaxis.set_minor_formatter(_few_percents)
     axes[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[2].set_xlabel("epoch, over all stages")
-    axes[0].legend(frameon=False, ncols=3)
+    axes[0].legend(frameon=False, ncols=min(4, len(kinds_of)))
     kinds = [Line2D([], [], color="0.4", linestyle=style, label=name) for name, style in ACCURACIES.items()]
     axes[2].legend(handles=kinds, frameon=False, ncols=2)
     figure.suptitle(title)
@@ -87,11 +94,11 @@ def _set_scale(axis: Any) -> None:
         axis.set_ylim(-0.002, 0.05)
 
 
-def _draw_accuracy(axis: Any, rows: list[Any], offset: int, stage: str, marker: str | None, member: int) -> None:
+def _draw_accuracy(axis: Any, rows: list[Any], offset: int, colour: str, marker: str | None, member: int) -> None:
     for name, style in ACCURACIES.items():
         found = [(offset + row.epoch, 1 - getattr(row, name)[member]) for row in rows if getattr(row, name)]
         if found:
-            axis.plot(*zip(*found), style, color=COLOURS[stage], marker=marker)
+            axis.plot(*zip(*found), style, color=colour, marker=marker)
 
 
 def _percent(value: float, position: int | None = None) -> str:
@@ -101,6 +108,38 @@ def _percent(value: float, position: int | None = None) -> str:
 def _few_percents(value: float, position: int | None = None) -> str:
     """A label for some of the ticks between powers of ten, as not all have room."""
     return _percent(value) if f"{value:e}"[0] in "235" else ""
+
+
+def draw_rounds(path: Path, stages: Sequence[Mapping[str, Any]], title: str) -> Path:
+    """Test accuracy against compression after every stage of a run that prunes more than once."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    points = [(stage["compression"]["weights"], stage["accuracy"]["test"], stage) for stage in stages]
+    points = [(size, accuracy, stage) for size, accuracy, stage in points if size is not None]
+    axis.plot([size for size, _, _ in points], [accuracy for _, accuracy, _ in points], color="0.8", linewidth=1)
+    kinds = list(dict.fromkeys(ROUND.sub("", stage["name"]) for _, _, stage in points))
+    for place, kind in enumerate(kinds):
+        own = [(size, accuracy) for size, accuracy, stage in points if ROUND.sub("", stage["name"]) == kind]
+        axis.plot(*zip(*own), "o", color=COLOURS[place % len(COLOURS)], label=as_typed(kind), markersize=5)
+    last = {stage["round"]: (size, accuracy) for size, accuracy, stage in points if stage["round"] is not None}
+    for number, place in last.items():
+        axis.annotate(str(number), place, textcoords="offset points", xytext=(5, 5), fontsize=8)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(_times)
+    axis.xaxis.set_minor_formatter(lambda value, position=None: _times(value) if f"{value:e}"[0] in "25" else "")
+    axis.yaxis.set_major_formatter(_percent)
+    axis.grid(color="0.92")
+    axis.set_xlabel("compression of the weights; numbers: the end of a round")
+    axis.set_ylabel("test accuracy")
+    axis.set_title(title, fontsize=10)
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _times(value: float, position: int | None = None) -> str:
+    return f"{value:.3g}×"
 
 
 def draw_density(path: Path, layers: list[dict[str, Any]], title: str) -> Path:

@@ -4,15 +4,15 @@ import functools
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsity.errors import ConfigError
-from sparsity.front import OBJECTIVES, hypervolume, non_dominated
+from sparsity.front import OBJECTIVES, SIZES, Size, hypervolume, non_dominated
 from sparsity.results import objectives
-from sparsity.results.members import SIZES, WITHOUT_EFFECT, Member, canonical
+from sparsity.results.members import WITHOUT_EFFECT, MemberFolder, canonical
 
 CONFIDENCE = 0.95
 FEWEST = 3  # seeds that have an interval: by Student's t, that of two is 13 standard errors long
@@ -48,7 +48,7 @@ def estimate(numbers: Sequence[float | None]) -> Estimate:
 class Point:
     """Finished members that differ in nothing but the seed."""
 
-    members: tuple[Member, ...]  # one a seed
+    members: tuple[MemberFolder, ...]  # one a seed
 
     def estimate(self, key: str) -> Estimate:
         """The mean of a number of the results under its dotted key."""
@@ -75,7 +75,7 @@ class Point:
         return tuple(math.nan if (mean := estimate(numbers).mean) is None else mean for numbers in each)
 
     @functools.cached_property
-    def best(self) -> Member:
+    def best(self) -> MemberFolder:
         """The member with the best validation accuracy; the earliest of equals."""
         return max(self.members, key=lambda member: member.number(VALIDATION) or 0.0)
 
@@ -96,7 +96,7 @@ class Point:
         return _command(["-m", *first.flags, *self.overrides, f"{key}={self.value('seed')}"])
 
 
-def command(member: Member) -> str:
+def command(member: MemberFolder) -> str:
     """The line that runs one member again."""
     return _command([*member.flags, *member.overrides])
 
@@ -109,11 +109,11 @@ def _is_seed(override: str) -> bool:
     return override.lstrip("+").startswith("seed=")
 
 
-def points_of(members: Iterable[Member]) -> list[Point]:
+def points_of(members: Iterable[MemberFolder]) -> list[Point]:
     """The finished members, those apart in the seed alone put together; a run that was repeated counts once."""
     done = [member for member in members if member.result is not None]
     keys = sorted({key for member in done for key in member.settings} - {"seed", *WITHOUT_EFFECT})
-    groups: dict[Any, dict[str | None, Member]] = {}
+    groups: dict[Any, dict[str | None, MemberFolder]] = {}
     for member in done:
         unknown = None if member.overrides or "overrides" in member.result else member.folder
         place = (unknown, *(canonical(member.value(key)) for key in keys))
@@ -131,7 +131,7 @@ def front_of(points: Sequence[Point], names: Sequence[str]) -> list[Point]:
 
 def directions(names: Iterable[str]) -> list[str]:
     """Which way each objective is better."""
-    return [OBJECTIVES[name] for name in names]
+    return [OBJECTIVES[name].direction for name in names]
 
 
 def size_objective(names: Iterable[str]) -> str:
@@ -150,12 +150,13 @@ def smallest(points: Sequence[Point], accuracy: float, names: Sequence[str]) -> 
     if not measured:
         raise ConfigError("no member has a validation accuracy to choose by: was it run with data.validation=0?")
     size = size_objective(names)
-    sign = -1 if OBJECTIVES[size] == "maximize" else 1
-    fitting = [point for point in measured if point.mean(VALIDATION) >= accuracy and point.mean(SIZES[size]) > 0]
+    key, direction, _ = OBJECTIVES[size]
+    sign = -1 if direction == "maximize" else 1
+    fitting = [point for point in measured if point.mean(VALIDATION) >= accuracy and point.mean(key) > 0]
     if not fitting:
         best = max(point.mean(VALIDATION) for point in measured)
         raise ConfigError(f"no member reaches --at-least-accuracy {accuracy:g} on validation: the best has {best:.4f}")
-    return min(fitting, key=lambda point: (sign * point.mean(SIZES[size]), -point.mean(VALIDATION)))
+    return min(fitting, key=lambda point: (sign * point.mean(key), -point.mean(VALIDATION)))
 
 
 # --- comparing -------------------------------------------------------------------------------------------------------
@@ -166,18 +167,17 @@ def dominated_volume(front: Sequence[Point], names: Sequence[str], accuracy: str
 
     accuracy: the key of the accuracy that is taken.
     """
-    readers: dict[str, Callable[[Point], float]] = {name: functools.partial(_reduction, size=name) for name in SIZES}
-    readers["accuracy"] = lambda point: point.mean(accuracy)
-    values = [[readers[name](point) for name in names] for point in front]
+    values = [
+        [point.mean(accuracy) if name == "accuracy" else _reduction(point, SIZES[name]) for name in names]
+        for point in front
+    ]
     start = [reference if name == "accuracy" else 0.0 for name in names]
     return hypervolume(values, start, ["maximize"] * len(names))
 
 
-def _reduction(point: Point, size: str) -> float:
+def _reduction(point: Point, size: Size) -> float:
     """log10 of how many times smaller a network is than the dense one."""
-    key = "macs.dense" if size == "macs" else "total.weights"
-    left = point.mean("macs.removable" if size == "macs" else "nonzero.weights")
-    return math.log10(max(point.mean(key), 1.0) / max(left, 1.0))
+    return math.log10(max(point.mean(size.dense), 1.0) / max(point.mean(size.left), 1.0))
 
 
 # --- words -----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from typing import Any
 from sparsity.files import Unreadable, file_digest, read_json
 
 RESULT = "result.json"
-FORMAT = 1
+FORMAT = 2
+READ = (1, FORMAT)  # for tables and comparisons; a sweep resumes from the latest alone
 KINDS = {dict: ("name", "accuracy", "compression", "macs", "nonzero", "total", "config", "environment", "seconds")}
 KINDS |= {list: ("stages", "layers", "overrides", "warnings", "computed"), str: ("structure", "selection")}
 
@@ -43,8 +44,8 @@ def read_result(path: Path) -> dict[str, Any]:
     result = read_json(path)
     if "checksum" in result and result["checksum"] != _checksum(result):
         raise Unreadable("is damaged: its checksum differs")
-    if result.get("format") != FORMAT or isinstance(result["format"], bool):
-        raise Unreadable(f"has format {result.get('format')!r}, and this version reads format {FORMAT} only")
+    if result.get("format") not in READ or isinstance(result["format"], bool):
+        raise Unreadable(f"has format {result.get('format')!r}, and this version reads formats 1 and {FORMAT}")
     for kind, names in KINDS.items():
         for name in names:
             if not isinstance(result.get(name, kind()), kind):
@@ -93,11 +94,13 @@ def _checked(folder: Path) -> dict[str, Any]:
     result = read_result(folder / RESULT)
     if "checksum" not in result:
         raise Unchecked("has no checksum")
+    if result["format"] != FORMAT:
+        raise Unchecked(f"has format {result['format']}, and runs resume from format {FORMAT} alone")
     return result
 
 
 class Unchecked(Unreadable):
-    """A whole result of the first version, which nothing proves."""
+    """A whole result of an earlier version, which nothing proves or which lacks what this one says."""
 
 
 def _size(path: Path) -> int | None:

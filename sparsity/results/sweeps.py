@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,15 @@ from sparsity.errors import ConfigError
 from sparsity.files import write_text
 from sparsity.front import OBJECTIVES
 from sparsity.results import csv_text
-from sparsity.results.members import Member, Sweep, chosen_objectives, metrics, read_sweep, swept_keys
-from sparsity.results.points import Point, describe, front_of, points_of, relative
-from sparsity.results.sealed import FORMAT
+from sparsity.results.members import MemberFolder, metrics
+from sparsity.results.points import describe, relative
+from sparsity.results.summaries import Summary, read
 
 log = logging.getLogger("sparsity")
 
 SUMMARY, FRONT = "summary.csv", "front.json"
+FORMAT = 1  # of front.json
 PICTURES = ("pareto.png", "pareto.html")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What one sweep or several together came to."""
-
-    sweeps: list[Sweep]
-    out: Path  # where the files are
-    objectives: list[str]
-    swept: list[str]
-    points: list[Point]
-    front: list[Point]
-
-    @property
-    def members(self) -> list[Member]:
-        """The members of all sweeps."""
-        return [member for sweep in self.sweeps for member in sweep.members]
 
 
 def summarise(
@@ -67,18 +50,6 @@ def summarise(
     return summary
 
 
-def read(
-    folders: Sequence[Path | str], *, out: Path | str | None = None, objectives: Sequence[str] | None = None
-) -> Summary:
-    """The sweeps in `folders`, their points and their front; writes nothing."""
-    paths = list(dict.fromkeys(Path(folder) for folder in folders))
-    sweeps = [read_sweep(path) for path in paths]
-    names = chosen_objectives(sweeps, objectives)
-    points = points_of(member for sweep in sweeps for member in sweep.members)
-    target = paths[0] if out is None else Path(out)
-    return Summary(sweeps, target, names, swept_keys(sweeps), points, front_of(points, names))
-
-
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Turns what the disk refuses into one line."""
@@ -103,7 +74,7 @@ def summary_csv(summary: Summary) -> str:
     return csv_text(header, ({key: row.get(key) for key in header} for row in rows))
 
 
-def _identity(summary: Summary, member: Member) -> dict[str, Any]:
+def _identity(summary: Summary, member: MemberFolder) -> dict[str, Any]:
     """The columns of the summary that no result has."""
     return {
         "sweep": relative(member.sweep, summary.out),
@@ -121,7 +92,7 @@ def front_json(summary: Summary, drawn: str | None) -> str:
     """The front; drawn: what the pictures beside it show, as a hash."""
     node = {
         "format": FORMAT,
-        "objectives": [{"name": name, "direction": OBJECTIVES[name]} for name in summary.objectives],
+        "objectives": [{"name": name, "direction": OBJECTIVES[name].direction} for name in summary.objectives],
         "accuracy": "validation",
         "swept": summary.swept,
         "points": [describe(point, summary.objectives, summary.out) for point in summary.front],
@@ -155,7 +126,7 @@ def _drawn(folder: Path) -> str | None:
         return None
 
 
-def num_stages(members: Iterable[Member]) -> dict[str, int]:
+def num_stages(members: Iterable[MemberFolder]) -> dict[str, int]:
     """How many members computed each stage themselves, of those that say so; the rest came from the store."""
     results = [member.result for member in members if member.result is not None and "computed" in member.result]
     stages = dict.fromkeys(stage for result in results for stage in result.get("stages", ()))

@@ -3,10 +3,12 @@
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
+from sparsity.front import SIZES
 from sparsity.results import macs_left, near
-from sparsity.results.members import Member, canonical
+from sparsity.results.members import MemberFolder, canonical
 from sparsity.results.points import FEWEST, TEST, VALIDATION, Point, command, dominated_volume, front_of, points_of
-from sparsity.results.sweeps import PICTURES, SUMMARY, Summary, num_stages
+from sparsity.results.summaries import Summary
+from sparsity.results.sweeps import PICTURES, SUMMARY, num_stages
 from sparsity.streams import say
 from sparsity.tables import Column, say_parts, show_table
 
@@ -46,7 +48,7 @@ def count_lines(summary: Summary) -> list[str]:
     ]
 
 
-def _failure(member: Member) -> str:
+def _failure(member: MemberFolder) -> str:
     return f"failed: {near(member.folder)}: {member.error}"
 
 
@@ -145,12 +147,8 @@ def _volumes(points: list[Point], names: list[str], reference: float) -> list[st
 
 def _axes(names: Iterable[str], reference: float) -> list[str]:
     return [
-        f"(accuracy − {reference:g})" if name == "accuracy" else f"log10 reduction of {_unit(name)}" for name in names
+        f"log10 reduction of {SIZES[name].unit}" if name in SIZES else f"({name} − {reference:g})" for name in names
     ]
-
-
-def _unit(name: str) -> str:
-    return "MACs" if name == "macs" else "weights"
 
 
 def show_choice(point: Point) -> None:

@@ -28,7 +28,7 @@ __all__ = ["Damaged", "Kept", "Store", "code_of", "digest", "key_of", "our_code"
 
 log = logging.getLogger("sparsity")
 
-FORMAT = 2  # of the files and of what a stage computes: raised when either changes, so that old files are not used
+FORMAT = 3  # of the files and of what a stage computes: raised when either changes, so that old files are not used
 METADATA_KEY = "sparsity"
 KEY_LENGTH = 32  # hexadecimal digits
 SUFFIX = ".safetensors"

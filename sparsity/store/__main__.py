@@ -148,17 +148,29 @@ def _says(entry: Entry) -> str:
 
 
 def _made_of(own: dict[str, Any]) -> list[str]:
+    numbers = own.get("function", {}).get("numbers", {})  # stages of the first version have none
     words = [f"seed={own['seed']}"]
-    words += [own["penalty"]["target"].rpartition(".")[2], f"decay={own['decay']:g}"] if "penalty" in own else []
-    if "rule" in own:
-        words += [own["rule"]["rule"]["target"].rpartition(".")[2], f"sensitivity={own['sensitivity']:g}"]
-    if "schedule" in own:
-        words.append(f"epochs={own['schedule']['epochs']}")
+    if numbers.get("penalty"):
+        words += [_name(numbers["penalty"]["penalty"]), f"decay={numbers['penalty']['decay']:g}"]
+    if numbers.get("rule"):
+        words.append(_name(numbers["rule"]["rule"]))
+    words += [f"sensitivity={numbers['sensitivity']:g}"] if "sensitivity" in numbers else []
+    words += [
+        f"{name}={value:g}" for name, value in (numbers.get("budget") or {}).items() if isinstance(value, int | float)
+    ]
+    words += [f"to={numbers['to']}"] if "to" in numbers else []
+    if "schedule" in numbers:
+        epochs = numbers["schedule"]["epochs"]
+        words.append(f"epochs={own['stop']} of {epochs}" if "stop" in own else f"epochs={epochs}")
     if isinstance(own["before"], dict):
-        words.insert(0, own["before"]["model"]["target"].rpartition(".")[2])
+        words.insert(0, _name(own["before"]["model"]))
     else:
         words.append(f"after {own['before'][:SHORT]}")
     return words
+
+
+def _name(call: Mapping[str, Any]) -> str:
+    return call["target"].rpartition(".")[2]
 
 
 SHORT = 8  # digits of a key that tell stages apart in a list

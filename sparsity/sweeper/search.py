@@ -1,4 +1,4 @@
-"""A search that goes on where it was: hydra-optuna-sweeper's, with trials that are owned, counted and run again.
+"""A search that resumes: hydra-optuna-sweeper's, with trials that are owned, counted and run again.
 
 Beyond the stock sweeper: `n_trials` is a total; a trial whose process was killed is closed and its point run again, in
 the same folder; no point is proposed twice; a member that fails does not end the search; every mistake is one line.
@@ -97,7 +97,7 @@ class Search(OptunaSweeperImpl):
             cause = reason(error.__cause__ or error)
             raise ConfigError(
                 f"hydra.sweeper.storage={self.storage} or hydra.sweep.dir cannot be written ({cause}): mend that, and "
-                "the same command goes on"
+                "the same command resumes"
             ) from error
 
     def _launch(self, study: optuna.Study, trials: list[Trial], overrides: list[list[str]]) -> None:
@@ -169,7 +169,8 @@ class Search(OptunaSweeperImpl):
         return dict(sorted(space.items())), fixed, deletions
 
     def _try(self, space: Space, fixed: Mapping[str, str], deletions: Sequence[str]) -> None:
-        """Refuses a space whose ends make no valid run, before a study is made for it."""
+        """Refuses a space whose ends make no valid run, or make no use of a range, before a study is made for it."""
+        idle = set(space)
         for end in (0, -1):
             point = {key: ends(distribution)[end] for key, distribution in space.items()} | fixed
             try:
@@ -182,10 +183,14 @@ class Search(OptunaSweeperImpl):
             with open_dict(composed):
                 del composed["hydra"]
             try:
-                schema.read(composed, trust=schema.admitted([]), choices=choices)
+                typed = [*schema.typed_in(self.config.hydra), *_overrides(point, deletions)]
+                schema.read(composed, trust=schema.admitted([]), choices=choices, typed=typed)
             except ConfigError as error:
                 remedy = whole_numbers(space, str(error))
                 raise (ConfigError(f"{error}: give {remedy}") if remedy else error) from error
+            idle = schema.unread(composed, idle)
+        if idle and not {"recipe", "stages"} & space.keys():
+            raise ConfigError(f"{min(idle)} is searched, and no stage reads it: drop it, or list a stage that does")
 
     # --- the study ---------------------------------------------------------------------------------------------------
 

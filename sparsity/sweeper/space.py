@@ -11,6 +11,7 @@ from hydra_plugins.hydra_optuna_sweeper._impl import create_params_from_override
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial
 
+from sparsity.config import RULE
 from sparsity.errors import ConfigError, reason
 
 Space = dict[str, BaseDistribution]
@@ -49,7 +50,7 @@ def check_one_range(ranges: Mapping[str, str], given: Sequence[str]) -> None:
     named = {text.partition("=")[0] for text in given}
     swept = {text.partition("=")[0] for text in given if parsed(text)[0]}
     for key in ranges:
-        group = "prune" if key == "sensitivity" else key.partition(".")[0]
+        group = RULE if key == "sensitivity" else key.partition(".")[0]
         if group in swept and key not in named:
             raise ConfigError(
                 f"{group} is searched, and each of its choices has a range of its own for {key}: give one for all, "

@@ -171,5 +171,5 @@ def _try_head(module: nn.Module, images: Tensor | None) -> list[str]:
     """The names of the last layer, or none where it cannot be found."""
     try:
         return [] if images is None else last_layer(module, images)
-    except Exception:  # whatever a module of the user's own may raise; that it does not take images is told elsewhere
+    except Exception:  # whatever a custom module may raise; that it does not take images is told elsewhere
         return []

@@ -1,0 +1,38 @@
+"""The device of a run, and the process as training wants it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from sparsity.errors import ConfigError
+
+
+def device_of(name: str) -> torch.device:
+    """The device of a name; `auto` is a GPU where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except Exception as error:  # each backend refuses in its own way
+        there = ["auto", "cpu"] + [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        raise ConfigError(f"device={name} is not there: this machine has {', '.join(there)}") from error
+    if device.type == "meta":
+        raise ConfigError("device=meta computes nothing: take auto or cpu")
+    return device
+
+
+@contextlib.contextmanager
+def machine(threads: int | None) -> Iterator[None]:
+    """The process as training wants it: denormals flushed (sparsity training makes many), threads as asked."""
+    before, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(threads or before)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+        torch.backends.cudnn.deterministic = deterministic

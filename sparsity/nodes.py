@@ -1,0 +1,111 @@
+"""What a config's nodes are, once read: functions with their numbers, and the records that stages take."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+from sparsity.errors import ConfigError
+from sparsity.kinds import Count, NonNegative, Positive, Range
+from sparsity.schedules import CURVES, SHAPES
+
+Kinds = list[Literal["weight", "bias", "normalization", "scale", "other"]]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function and its own numbers, as `_target_` and the keys beside it name them."""
+
+    key: str
+    target: str
+    function: Callable[..., Any]
+    numbers: dict[str, Any]
+
+    def partial(self, **more: Any) -> Callable[..., Any]:
+        """The function with its numbers filled in."""
+        return functools.partial(self.function, **self.numbers, **more)
+
+
+@dataclass(frozen=True)
+class Methods:
+    """Where the functions and classes that a key may name are defined, and what the pipeline passes to them."""
+
+    module: str
+    positional: int = 0  # arguments that are passed by their place
+    given: tuple[str, ...] = ()  # arguments that are passed by name
+
+
+def sensitivity_range(rule: Call) -> Range:
+    """The interval of a rule's sensitivity, as its signature annotates it; finite and ≥ 0 where it does not."""
+    parameter = inspect.signature(rule.function).parameters.get("sensitivity")
+    if parameter is None:
+        raise ConfigError(f"{rule.key}._target_={rule.target} is no pruning rule: it takes no sensitivity")
+    return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
+
+
+Factory = Annotated[Call, Methods("sparsity.models", given=("input_shape", "num_classes"))]
+Loader = Annotated[Call, Methods("sparsity.data")]
+Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
+PruningRule = Annotated[Call, Methods("sparsity.pruning", positional=1, given=("sensitivity", "fixed", "mask"))]
+Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
+StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
+
+
+class Marker:
+    """Says of an argument of a stage what its type does not."""
+
+    def __init__(self, meaning: str):
+        self.meaning = meaning
+
+
+EACH = Marker("a list with one entry a member; their floats may differ, all else is the same")
+STATE = Marker("the name of a state: `start`, a stage, or one of its epochs, such as pretrain@2")
+
+T = TypeVar("T")
+Each = Annotated[list[T], EACH]
+State = Annotated[str, STATE]
+
+
+@dataclass(frozen=True)
+class Regularizer:
+    """The penalty, its coefficient, and the parameters that it is applied to."""
+
+    penalty: Penalty | None
+    decay: NonNegative
+    apply_to: Kinds
+    weight_decay: NonNegative
+    search: dict[str, str] = field(default_factory=dict)  # ranges that a search draws from
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The pruning rule, and the parameters that it is applied to."""
+
+    rule: PruningRule
+    cut: PruningRule | None  # the threshold that the report shows
+    apply_to: Kinds
+    scope: Literal["tensor", "network"]
+    structural: bool  # takes whole groups: a filter that goes takes its bias
+    layers: dict[str, float]
+    exclude: list[str]
+    search: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """The numbers of one training stage."""
+
+    epochs: Count
+    lr: Positive
+    shape: Literal[tuple(SHAPES)]
+    warmup: Annotated[float, Range(0, 1, below=True)]
+    weight_decay: NonNegative
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How the share of what a rule prunes rises within a training stage."""
+
+    shape: Literal[tuple(CURVES)]
+    until: Annotated[float, Range(0, 1, above=True)]  # share of the stage's steps after which nothing more is pruned

@@ -1,0 +1,122 @@
+"""The stage that prunes: a rule's mask at its sensitivity, or at the one that a budget asks for."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsity import nodes
+from sparsity.budgets import Met, counts, meet
+from sparsity.errors import SparsityError, StageError
+from sparsity.limits import Budget, Counts, part
+from sparsity.nodes import Each, sensitivity_range
+from sparsity.population import Population
+from sparsity.stages.context import MASKED, Context, Outcome
+from sparsity.stages.rules import masks_of, rule_of, stds_of, thresholds_of
+from sparsity.tensors import Tensors, denormals_kept
+
+
+def prune(
+    population: Population,
+    context: Context,
+    *,
+    rule: Each[nodes.Rule],
+    sensitivity: Each[float | None] | None = None,
+    budget: Each[Budget | None] | None = None,
+) -> Outcome:
+    """The rule's masks, and zeros where they are 0; what earlier stages pruned stays pruned.
+
+    sensitivity: the rule's number; null where a budget asks for as much as it takes.
+    """
+    pruner = Pruner(rule, sensitivity, budget, population, context)
+    masks = pruner.masks(population, 1.0)
+    parameters = {
+        name: torch.where(masks[name], parameter, 0) if name in masks else parameter
+        for name, parameter in population.parameters.items()
+    }
+    after = replace(population, parameters=parameters, masks=masks)
+    return Outcome(after, (MASKED,), pruner.notes(), errors=pruner.errors())
+
+
+class Pruner:
+    """Remembers what a rule came to: the numbers that budgets asked for, and what the rule saw."""
+
+    def __init__(
+        self,
+        rules: Sequence[nodes.Rule],
+        sensitivities: Sequence[float | None] | None,
+        budgets: Sequence[Budget | None] | None,
+        population: Population,
+        context: Context,
+    ):
+        self.context, self.layouts = context, population.layouts
+        self.given = list(sensitivities or [None] * len(rules))
+        self.rule = rule_of(rules, [number or 0.0 for number in self.given], population)
+        self.interval = sensitivity_range(rules[0].rule)
+        self.budgets = [budget for budget in budgets or [] if budget is not None]
+        self.masked = tuple(population.masks)
+        self.start: list[Counts] = []  # what there was at first
+        self.met: Met | None = None
+        self.seen: dict[str, dict[str, list[float]]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The parameters that may be masked: all, where units take what belongs to them along."""
+        return list(self.layouts) if self.rule.structural else list({*self.rule.names, *self.masked})
+
+    def masks(self, population: Population, share: float) -> Tensors:
+        """The masks at a share of the way to the rule's number, or from what there was at first to the budget."""
+        with denormals_kept(), torch.no_grad():
+            population = population.map(Tensor.detach)
+            numbers = torch.tensor([number or 0.0 for number in self.given], device=population.device)
+            rule = self.rule.at(numbers * share)
+            if self.budgets:
+                self.met = self._meet(population, share)
+                rule = self.rule.at(self.met.numbers)
+            self.seen = {"stds": stds_of(population), "thresholds": thresholds_of(population, rule)}
+            return self.met.masks if self.met else masks_of(population, rule, self.context.graph.units)
+
+    def _meet(self, population: Population, share: float) -> Met:
+        graph, budgets = self.context.graph, self.budgets
+        if share < 1:
+            if not self.start:
+                with_macs = any(budget.limits_macs for budget in budgets)
+                self.start = counts(population, graph, with_macs=with_macs)
+            budgets = [part(budget, share, start, way="linear") for budget, start in zip(budgets, self.start)]
+        return meet(
+            population,
+            lambda numbers: masks_of(population, self.rule.at(numbers), graph.units),
+            self.interval,
+            budgets,
+            graph,
+            unused=0.0 if share == 1 else NEARLY,
+        )
+
+    def notes(self) -> list[dict[str, Any]]:
+        """What there is to say of each member."""
+        return [
+            {
+                **{kind: {name: each[member] for name, each in seen.items()} for kind, seen in self.seen.items()},
+                **self._of_budget(member),
+            }
+            for member in range(len(self.given))
+        ]
+
+    def _of_budget(self, member: int) -> dict[str, Any]:
+        """The sensitivity that a budget asked for, and what it came to."""
+        if self.met is None:
+            return {}
+        reached = self.met.reached[member]
+        words = reached.words()
+        return {"sensitivity": reached.number, "budget": reached.record(), "said": [words] if words else []}
+
+    def errors(self) -> list[SparsityError | None] | None:
+        """The members whose budget cannot be met, and what could be reached."""
+        if self.met is None:
+            return None
+        return [None if reached.is_met else StageError(reached.words()) for reached in self.met.reached]
+
+
+NEARLY = 0.002  # of a budget: what may be left unused on the way to it
