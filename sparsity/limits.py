@@ -59,6 +59,17 @@ class Budget:
         """Whether it limits MACs."""
         return self.macs is not None or self.macs_reduction is not None
 
+    def turned(self, *, pruning: Literal["less", "more"]) -> str:
+        """How to turn the limits so that less or more is pruned, such as raise budget.nonzero=5000.
+
+        For less all of them, for more the first.
+        """
+        is_ratio = {
+            name: alone.compression is not None or alone.macs_reduction is not None for name, alone in self.alone()
+        }
+        ways = [f"{'raise' if ratio == (pruning == 'more') else 'lower'} {name}" for name, ratio in is_ratio.items()]
+        return " and ".join(ways) if pruning == "less" else ways[0]
+
     def limits(self, dense: Counts) -> Limits:
         """The budget in counts, for a network that has `dense.total` weights and `dense.dense_macs` MACs."""
         nonzeros = [self.nonzero, _most(dense.total, self.compression)]

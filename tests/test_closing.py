@@ -298,14 +298,14 @@ def ended(final, compression=10.0, weights=None, reg=True, stages=STANDARD, **mo
     return closing_lines(run, given, measured, compression, torch.arange(1000) % 10)
 
 
-def of_rounds(accuracies, *overrides):
+def of_rounds(accuracies, *overrides, compression=10.0):
     """The lines of a run of two rounds whose stages came to some accuracies, in order."""
     run = config.read(compose(["recipe=iterative", "rounds=2", *overrides])[0], typed=overrides)
     measured = [
         {"name": stage.name, "did": DID[stage.node], "accuracy": {"validation": None, "test": accuracy}}
         for stage, accuracy in zip(run.recipe, accuracies, strict=True)
     ]
-    return closing_lines(run, None, measured, 10.0, torch.arange(1000) % 10)
+    return closing_lines(run, None, measured, compression, torch.arange(1000) % 10)
 
 
 @pytest.mark.parametrize(
@@ -329,6 +329,23 @@ def test_of_several_rounds_the_one_that_did_it_is_named(accuracies, words):
     assert all(each in line for each in words), line
     assert "budget.compression=9" in of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.1], "budget.compression=9")[0]
     assert of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.95]) == []
+
+
+@pytest.mark.parametrize(
+    ("budget", "less", "more"),
+    [
+        ("compression", "lower budget.compression=9", "raise budget.compression=9"),
+        ("nonzero", "raise budget.nonzero=9", "lower budget.nonzero=9"),
+        ("macs", "raise budget.macs=9", "lower budget.macs=9"),
+        ("macs_reduction", "lower budget.macs_reduction=9", "raise budget.macs_reduction=9"),
+    ],
+)
+def test_a_budget_is_turned_the_way_that_helps(budget, less, more):
+    assert less in of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.1], f"budget.{budget}=9")[0]
+    assert less in of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.5], f"budget.{budget}=9")[0]
+    assert more in of_rounds([0.97] * 7, f"budget.{budget}=9", compression=1.0)[0]
+    both = of_rounds([0.97, 0.96, 0.1, 0.9, 0.9, 0.1, 0.5], f"budget.{budget}=9", "budget.nonzero=8")[0]
+    assert less.replace("nonzero=9", "nonzero=8") in both and "raise budget.nonzero=8" in both
 
 
 def test_a_good_run_ends_without_a_word():

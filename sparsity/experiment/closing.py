@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -37,9 +37,11 @@ def closing_lines(
     if len(dense) < len(stages):
         before = dense[-1]["accuracy"]["test"] if dense else given and given["test"]
         if before is not None and before > bound and final - chance < (1 - MOST) * (before - chance):
-            lines.append(f"pruning cost most of the accuracy, {before:.2%} before and {final:.2%} now: {_lower(run)}")
+            lines.append(
+                f"pruning cost most of the accuracy, {before:.2%} before and {final:.2%} now: {_turned(run, 'less')}"
+            )
         if compression is not None and compression < HARDLY:
-            lines.append(f"hardly anything is pruned, {1 - 1 / compression:.1%} of the weights: raise {_named(run)}")
+            lines.append(f"hardly anything is pruned, {1 - 1 / compression:.1%} of the weights: {_turned(run, 'more')}")
     return lines
 
 
@@ -65,11 +67,11 @@ def _at_chance(
     still = list(itertools.takewhile(lambda stage: accuracy[stage.name] <= bound, reversed(able)))[::-1]
     blamed = next((each for each in still if each.schedule or each.rules), able[-1])
     if not blamed.schedule:
-        return start + _lower(run)
+        return start + _turned(run, "less")
     keys = causes(blamed)
     more = f", or raise {blamed.key('schedule')}.epochs={blamed.schedule.epochs}" if blamed is trained[0] else ""
     if any(MASKED in stage["did"] for stage in stages[: [stage.name for stage in recipe].index(blamed.name) + 1]):
-        more += f", or {_lower(run)}"
+        more += f", or {_turned(run, 'less')}"
     return f"{start}since {blamed.name}; lower {keys}{more}"
 
 
@@ -82,17 +84,11 @@ def causes(stage: Planned) -> str:
     return causes
 
 
-def _named(run: Run) -> str:
-    """What decides how much is pruned, with its value."""
-    budgets = [name for name, _ in run.budget.alone()]
-    if budgets:
-        return budgets[0]
+def _turned(run: Run, pruning: Literal["less", "more"]) -> str:
+    """How to turn what decides how much is pruned, with its value."""
+    if run.budget.given:
+        return run.budget.turned(pruning=pruning)
     recipe = [Planned([stage]) for stage in run.recipe]
     decays = {stage.key("penalty"): stage.regularizers[0] for stage in recipe if stage.regularizers}
     decay = "".join(f" or {key}.decay={each.decay:g}" for key, each in decays.items() if each.penalty is not None)
-    return f"sensitivity={run.sensitivity:g}{decay}"
-
-
-def _lower(run: Run) -> str:
-    """The remedy for too much pruning."""
-    return f"lower {_named(run)}"
+    return f"{'lower' if pruning == 'less' else 'raise'} sensitivity={run.sensitivity:g}{decay}"

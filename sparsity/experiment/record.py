@@ -422,13 +422,13 @@ def _whole_layer(name: str, stage: Planned, member: Member) -> str:
     layer = name.rpartition(".")[0] or name
     layers = stage.rules[0].layers if stage.rules else {}
     owner, number = owner_of(name, layers), member.stages[-1]["sensitivity"]
+    budget, remedy = (stage.arguments.get("budget") or [None])[0], "lower it"
     if owner is not None:
         cause = f"{stage.key('rule')}.layers.{owner}={layers[owner]:g}"
+    elif budget is not None:
+        cause, remedy = " and ".join(key for key, _ in budget.alone()), budget.turned(pruning="less")
     else:
-        budget = (stage.arguments.get("budget") or [None])[0]
-        asked = [key for key, _ in budget.alone()] if budget else []
-        cause = asked[0] if asked else f"{stage.key('sensitivity')}={number:g}"
-    remedy = "lower it" if owner is not None or not stage.arguments.get("budget") else "ask for less"
+        cause = f"{stage.key('sensitivity')}={number:g}"
     return (
         f"{cause} pruned all of {name}, so that the output no longer depends on the input there: {remedy}, or "
         f"give the layer its own by prune.layers.{layer}"
