@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from sparsity import config
 from sparsity.config.recipe import Readers
-from sparsity.errors import ConfigError
+from sparsity.errors import ConfigError, SparsityError
 from sparsity.limits import Budget, PartOfBudget
 
 SMALL = ("model=mlp", "model.factory.hidden=[30]", "plots=false")
@@ -268,6 +269,29 @@ def test_stages_of_other_names_and_code_are_stages_too(own, run, monkeypatch, tm
     before, after = (load_file(Path(result["folder"]) / "stages" / f"{name}.safetensors") for name in result["stages"])
     assert all(torch.equal(before[name] * 0.25, after[name]) for name in before)
     assert [stage["function"] for stage in result["stages_run"]] == ["train", "halve"]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("return None", "spoil: own_spoils.spoil must give an Outcome, got NoneType"),
+        (
+            "return Outcome(population.map(lambda tensor: tensor * float('nan')))",
+            "spoil: it gives weights that are NaN",
+        ),
+        ("raise KeyError('weight')", "spoil: KeyError: 'weight'"),
+    ],
+)
+def test_a_stage_of_ones_own_that_fails_is_named(own, run, monkeypatch, tmp_path, body, message):
+    text = f"from sparsity.stages.context import Outcome\n\ndef spoil(population, context):\n    {body}\n"
+    (tmp_path / "own_spoils.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("SPARSITY_TRUST", "own_spoils")
+    monkeypatch.delitem(sys.modules, "own_spoils", raising=False)
+    node = "{spoil: {_target_: own_spoils.spoil}}"
+    where = own("recipe", f"defaults: [standard]\nstages: [pretrain, spoil]\nrecipe: {node}\n")
+    with pytest.raises(SparsityError, match=message):
+        run(*SMALL, *where)
 
 
 def test_a_stage_of_ones_own_may_take_a_rule_and_no_number(own, monkeypatch, tmp_path):

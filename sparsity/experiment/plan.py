@@ -8,6 +8,7 @@ from typing import Any
 from sparsity import nodes
 from sparsity.config import Run, Stage
 from sparsity.config.signatures import marked
+from sparsity.errors import StageError
 from sparsity.nodes import EACH, STATE, Regularizer, StageSchedule
 from sparsity.population import Population
 from sparsity.stages.context import Context, Outcome
@@ -69,7 +70,10 @@ class Planned:
     def run(self, population: Population, context: Context) -> Outcome:
         """What the stage makes of a population."""
         call = self.stages[0].call
-        return call.function(population, replace(context, stage=self.name, sources=self.sources), **self.arguments)
+        found = call.function(population, replace(context, stage=self.name, sources=self.sources), **self.arguments)
+        if not isinstance(found, Outcome):
+            raise StageError(f"{self.name}: {call.target} must give an Outcome, got {type(found).__name__}")
+        return found
 
     # What checks and choices look for, whatever the stage is called: arguments of a kind.
 

@@ -228,8 +228,11 @@ class Record:
             note.update(accuracy=accuracy, seconds=seconds, computed_with=how)
         computed = {}
         for index, (member, note) in enumerate(zip(members, notes)):
-            if outcome.errors and outcome.errors[index] is not None:
-                self.failed[member.keys[name].key] = outcome.errors[index]
+            error = outcome.errors[index] if outcome.errors else None
+            if error is None and note["diverged"] is None and not _is_finite(after, index):
+                error = StageError(f"{name}: it gives weights that are NaN or infinite")
+            if error is not None:
+                self.failed[member.keys[name].key] = error
                 continue
             kept = computed[member.keys[name].key] = Kept(tensors_of(after, index), note)
             if stop is None:
@@ -400,6 +403,10 @@ def _left(report: Report) -> dict[str, Any]:
         "macs": report.macs,
         "structure": report.structure,
     }
+
+
+def _is_finite(population: Population, member: int) -> bool:
+    return all(bool(parameter[member].isfinite().all()) for parameter in population.parameters.values())
 
 
 def _first_of_each(name: str, members: Iterable[Member], ready: Mapping[str, Kept]) -> list[Member]:
