@@ -4,6 +4,7 @@ A loader returns a `Source`: (train, test, num_classes[, validation[, classes]])
 pair of tensors (images [n, *shape], labels [n]).
 """
 
+from sparsity.data.arrays import arrays
 from sparsity.data.disk import file_state, state_of
 from sparsity.data.folder import image_folder
 from sparsity.data.sets import Files, Images, count_batches, cut, lies_on, select
@@ -15,6 +16,7 @@ __all__ = [
     "Images",
     "Source",
     "Splits",
+    "arrays",
     "as_source",
     "cifar10",
     "count_batches",

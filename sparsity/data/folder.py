@@ -8,9 +8,9 @@ from typing import Annotated
 import torch
 
 from sparsity.data import disk, survey
-from sparsity.data.picture import Range, Reader, shown
+from sparsity.data.picture import Range, Reader, checked_range, shown
 from sparsity.data.sets import Files
-from sparsity.data.splits import Source, hold_out
+from sparsity.data.splits import Source, split_off
 from sparsity.errors import ConfigError, DataError
 from sparsity.kinds import PositiveCount
 from sparsity.memory import free_bytes
@@ -36,7 +36,7 @@ def image_folder(
     background: the colour seen through transparent pixels; range: the values that are black and white in images of
     more than 8 bits (null: by the values of all); sets: whether the folders inside are sets (null: by their names).
     """
-    reader, given = _checked_reader(size, channels, background), _checked_range(range)
+    reader, given = _checked_reader(size, channels, background), checked_range(range)
     base = Path(os.path.expanduser(root)).absolute()
     if not base.is_dir():
         raise DataError(f"data.root={root} is no folder: give a folder that holds one folder of images for each class")
@@ -46,7 +46,7 @@ def image_folder(
     _check_classes(found, folders, classes, root)
     parts = {name: _files(each, classes, reader) for name, each in found.items()}
     if "test" not in parts:
-        parts["train"], parts["test"] = _split_off(parts["train"], test, root)
+        parts["train"], parts["test"] = split_off(parts["train"], test, f"make {root} hold train/ and test/")
     stream = stream if stream is not None else _too_large(list(parts.values()))
     taken, seen, ranges = (survey.streamed if stream else survey.held)(list(parts.values()), root, given)
     parts = dict(zip(parts, taken))
@@ -68,12 +68,6 @@ def _checked_reader(size: list[int], channels: int, background: str) -> Reader:
     if len(size) != 2:
         raise ConfigError(f"data.loader.size must be [height, width], got {size}")
     return Reader(tuple(size), channels, background)
-
-
-def _checked_range(given: list[float] | None) -> Range | None:
-    if given is not None and (len(given) != 2 or not given[0] < given[1]):
-        raise ConfigError(f"data.loader.range must be [black, white], the lower value first, got {given}")
-    return given and (float(given[0]), float(given[1]))
 
 
 def _classes(folder: Path, base: Path, root: str) -> dict[str, int]:
@@ -123,18 +117,6 @@ def _check_classes(
 def _files(found: disk.Found, classes: Mapping[str, int], reader: Reader) -> Files:
     labels = torch.tensor([classes[name] for name in found.classes])
     return Files(found.paths, labels, (reader.channels, *reader.size), reader)
-
-
-def _split_off(files: Files, share: float, root: str) -> tuple[Files, Files]:
-    """Train and test parts of a folder without a test folder; the split is always the same."""
-    size = round(share * len(files))
-    if not 0 < size < len(files):
-        raise ConfigError(
-            f"data.loader.test={share:g} leaves {len(files) - size} images to train and {size} to test on: give a "
-            f"share that leaves both, or make {root} hold train/ and test/"
-        )
-    kept, held = hold_out(files.labels, size, seed=0)
-    return files.take(kept), files.take(held)
 
 
 def _too_large(sets: Sequence[Files]) -> bool:

@@ -35,6 +35,13 @@ class Unreadable(DataError):
         self.path, self.why = path, why
 
 
+def checked_range(given: list[float] | None) -> Range | None:
+    """The values of `data.loader.range`."""
+    if given is not None and (len(given) != 2 or not given[0] < given[1]):
+        raise ConfigError(f"data.loader.range must be [black, white], the lower value first, got {given}")
+    return given and (float(given[0]), float(given[1]))
+
+
 def shown(name: str | Path) -> str:
     """A name as it can be shown in one line: what cannot be printed is escaped."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))

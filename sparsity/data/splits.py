@@ -139,6 +139,21 @@ def hold_out(labels: Tensor, size: int, seed: int) -> tuple[Tensor, Tensor]:
     return kept, held
 
 
+def split_off(part: Images | Files, share: float, remedy: str) -> tuple[Images | Files, Images | Files]:
+    """Train and test of a set that has both; the split is always the same.
+
+    remedy: what a user can do where the share leaves one of them empty, beside giving another.
+    """
+    size = round(share * len(part))
+    if not 0 < size < len(part):
+        raise ConfigError(
+            f"data.loader.test={share:g} leaves {len(part) - size} images to train and {size} to test on: give a share "
+            f"that leaves both, or {remedy}"
+        )
+    kept, held = hold_out(part.labels, size, seed=0)
+    return part.take(kept), part.take(held)
+
+
 SETS = ("train", "test", "validation")
 
 
