@@ -228,7 +228,10 @@ def test_numbers_that_no_stage_reads_are_not_searched(overrides, ranged, searchi
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["recipe=magnitude", "budget.compression=10"], "search=pareto has nothing to search: give a range"),
+        (
+            ["recipe=magnitude", "budget.compression=10"],
+            "nothing to search: give a range, such as 'budget.compression=tag",
+        ),
         (["recipe=magnitude", "reg.decay=interval(1e-5,1e-3)"], "reg.decay is searched, and no stage reads it"),
         (["rounds=range(1,4)"], "rounds is searched, and no stage reads it"),
         (["budget.compression=10", "sensitivity=interval(0.1,1)"], "budget.compression takes the place of sensitivity"),

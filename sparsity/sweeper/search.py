@@ -54,6 +54,9 @@ log = logging.getLogger("sparsity")
 SAMPLERS = ("hydra_plugins.hydra_optuna_sweeper.*", "optuna.samplers.*")  # what a YAML may name as one
 MISTAKES_IN_A_ROW = 3  # members that fail by the user's mistake before the search ends: all others would
 REMEDY = "give sqlite:///FILE, journal:///FILE, or the URL of a database that runs"  # for a storage
+EXAMPLES = {"budget.compression": "tag(log,interval(10,300))", "budget.macs_reduction": "tag(log,interval(2,30))"}
+EXAMPLES |= dict.fromkeys(("budget.nonzero", "budget.macs"), "range(1000,20000,1000)")
+EXAMPLES |= {"sensitivity": "interval(0.1,1)"}  # of ranges, the last one where no budget is typed
 TRIES = 4  # to open a database whose tables another process may just be making
 FOLDER = re.compile(r"0|[1-9][0-9]{0,8}")  # the name of a member's folder: a number
 
@@ -162,10 +165,9 @@ class Search(OptunaSweeperImpl):
                 space.pop(key, None), fixed.pop(key, None)  # the last one counts
             space, fixed, deletions = space | ranged, fixed | single, deletions + deleted
         if not space:
-            raise ConfigError(
-                f"search={self.config.hydra.runtime.choices.get('search')} has nothing to search: give a range, such "
-                "as 'sensitivity=interval(0.1,1)'"
-            )
+            search = self.config.hydra.runtime.choices.get("search")
+            such = next((key for key in EXAMPLES if key in fixed), "sensitivity")
+            raise ConfigError(f"search={search} has nothing to search: give a range, such as '{such}={EXAMPLES[such]}'")
         return dict(sorted(space.items())), fixed, deletions
 
     def _try(self, space: Space, fixed: Mapping[str, str], deletions: Sequence[str]) -> None:
