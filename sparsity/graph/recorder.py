@@ -47,7 +47,7 @@ if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_regist
 
 def record(module: nn.Module, images: Tensor) -> Units:
     """The units of a module in evaluation, from one pass over images [batch, *shape]; MACs are those of the batch."""
-    with torch.no_grad(), one_thread(), _without_fast_attention():
+    with torch.no_grad(), one_thread(), _op_by_op():
         recorder = _Recorder(module, images)
         with recorder:
             outputs = module.eval()(images)
@@ -55,12 +55,13 @@ def record(module: nn.Module, images: Tensor) -> Units:
 
 
 @contextlib.contextmanager
-def _without_fast_attention() -> Iterator[None]:
-    """Attention op by op: the fast path is one function that says nothing of what it does."""
+def _op_by_op() -> Iterator[None]:
+    """Attention and recurrent layers op by op: fused, each is one function that says nothing of what it does."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
