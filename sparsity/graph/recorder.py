@@ -57,13 +57,17 @@ def record(module: nn.Module, images: Tensor) -> Units:
 @contextlib.contextmanager
 def _op_by_op() -> Iterator[None]:
     """Attention and recurrent layers op by op: fused, each is one function that says nothing of what it does."""
-    before = torch.backends.mha.get_fastpath_enabled()
+    fast, libraries = torch.backends.mha.get_fastpath_enabled(), (torch.backends.mkldnn, torch.backends.cudnn)
+    before = [library.enabled for library in libraries]  # their flags() sets, and warns of, more than this
     torch.backends.mha.set_fastpath_enabled(False)
+    for library in libraries:
+        library.enabled = False
     try:
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
-            yield
+        yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+        torch.backends.mha.set_fastpath_enabled(fast)
+        for library, enabled in zip(libraries, before):
+            library.enabled = enabled
 
 
 class _Recorder(TorchDispatchMode):
