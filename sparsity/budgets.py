@@ -165,7 +165,7 @@ def meet(
     budgets: Sequence[Budget],
     graph: Mapping[str, Layer],
     *,
-    unused: float = 0.0,
+    enough: Sequence[Limits] | None = None,
 ) -> Met:
     """The smallest number of the rule with which each member keeps its budget, so that the most is left that does.
 
@@ -174,7 +174,8 @@ def meet(
     Bisection halves the float32 numbers of the interval about 31 times: at the one that is found the budget holds, at
     the next smaller one it does not. Where no number keeps it and leaves something, a member is not met, and gets the
     number that comes nearest. MACs are counted for members with a limit on them alone, above the number that their
-    weights need. unused: the share of a limit that may be left unused, where the search may then end early.
+    weights need. enough: for each member the counts that
+    suffice: where so much is left, the search may end early.
     """
     with denormals_kept():
         left = Left(population, graph)
@@ -184,7 +185,7 @@ def meet(
         def masks_at(places: Tensor) -> Tensors:
             return masks_of(_float_at(places.clamp(low, high)).to(population.device))
 
-        found = _first_that_hold(left, masks_at, limits, low, high, unused)
+        found = _first_that_hold(left, masks_at, limits, low, high, enough or [Limits(None, None)] * len(limits))
         places = found.clamp(max=high)
         masks, with_macs = masks_at(places), [budget.limits_macs for budget in budgets]
         here = left.counts(masks, with_macs)
@@ -206,12 +207,13 @@ def meet(
 
 
 def _first_that_hold(
-    left: Left, masks_at: MasksOf, limits: Sequence[Limits], low: int, high: int, unused: float
+    left: Left, masks_at: MasksOf, limits: Sequence[Limits], low: int, high: int, enough: Sequence[Limits]
 ) -> Tensor:
     """The first place from low to high where each member's limits hold, high + 1 where none does: int64 [members]."""
     lowest, beyond = torch.full((len(limits),), low), torch.full((len(limits),), high + 1)
     most = torch.tensor([[left.total if n is None else n for n in limit] for limit in limits]).T  # of weights, of MACs
-    enough = (most * unused).long() if unused else torch.full_like(most, -1)
+    floors = torch.tensor([[-1 if n is None else n for n in each] for each in enough]).T
+    spare = torch.where(floors < 0, -1, most - floors)
 
     def weights(places: Tensor, _: Tensor) -> Tensor:
         return most[0] - left.nonzero(masks_at(places))
@@ -222,8 +224,8 @@ def _first_that_hold(
         return most[1] - torch.tensor(counted)
 
     limited = torch.tensor([[n is not None for n in limit] for limit in limits]).T
-    found = _bisect(weights, lowest - 1, torch.where(limited[0], beyond, lowest), enough[0])
-    return _bisect(macs, found - 1, torch.where(limited[1], beyond, found), enough[1])
+    found = _bisect(weights, lowest - 1, torch.where(limited[0], beyond, lowest), spare[0])
+    return _bisect(macs, found - 1, torch.where(limited[1], beyond, found), spare[1])
 
 
 def _bisect(unused: Callable[[Tensor, Tensor], Tensor], below: Tensor, above: Tensor, enough: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from sparsity.config import read
 from sparsity.errors import ConfigError
 from sparsity.graph import trace
 from sparsity.kinds import Range
-from sparsity.limits import Budget, Counts, PartOfBudget, part
+from sparsity.limits import Budget, Counts, Limits, PartOfBudget, part
 from sparsity.models import lenet5
 from sparsity.population import stack
+from sparsity.stages.pruning import Pruner
 from sparsity.stages.rules import AppliedRule, Method, Pool, masks_of
 
 SMALLEST = 2.0**-149  # of float32: a denormal
@@ -423,7 +424,7 @@ def test_a_part_of_a_budget_is_on_the_way_from_the_dense_network():
     assert alone == PartOfBudget(nonzero=10, share=0.5)
 
 
-def test_what_may_be_left_unused_ends_the_search_early():
+def test_what_suffices_ends_the_search_early():
     case = Case("threshold", nets(), (1, 6, 6))
     asked = []
 
@@ -431,10 +432,11 @@ def test_what_may_be_left_unused_ends_the_search_early():
         asked.append(numbers)
         return case.masks_of(numbers)
 
-    for unused, fewest in ((0.0, 700), (0.05, 665)):
+    for enough in (None, 700, 665):
         asked.clear()
-        met = meet(case.population, noted, FROM_ZERO, [Budget(nonzero=700)], case.graph, unused=unused)
-        assert fewest <= met.reached[0].left.nonzero <= 700
+        limits = [Limits(enough, None)]
+        met = meet(case.population, noted, FROM_ZERO, [Budget(nonzero=700)], case.graph, enough=limits)
+        assert (enough or 700) <= met.reached[0].left.nonzero <= 700
     assert len(asked) < 25
 
 
@@ -442,8 +444,8 @@ def test_what_may_be_left_unused_ends_the_search_early():
 def pruned():
     """What pruning to budgets comes to, one a member."""
 
-    def prune(*budgets, **rule):
-        images, modules = torch.rand(2, 1, 6, 6), nets(len(budgets))
+    def prune(*budgets, change=list, **rule):
+        images, modules = torch.rand(2, 1, 6, 6), change(nets(len(budgets)))
         population, graph = stack(modules, "cpu", images), trace(modules[0], images)
         node = rule_node(pruning.threshold, **rule)
         return stages.prune(population, context_of(graph), rule=[node] * len(budgets), budget=list(budgets))
@@ -461,6 +463,22 @@ def test_a_stage_tells_the_number_that_was_found_and_what_was_reached(pruned):
         assert note["sensitivity"] > 0 and note["said"] == [] and outcome.errors[member] is None
     idle = pruned(Budget(nonzero=10**6)).notes[0]
     assert idle["sensitivity"] == 0 and "nothing had to go for it" in idle["said"][0]
+
+
+def test_zeros_that_meet_a_budget_by_themselves_are_held(pruned):
+    total = sum(module.weight.numel() for module in nets()[0].children() if module.weight.ndim > 1)
+
+    def with_zeros(modules):
+        for module in modules:
+            module.fc1.weight.data[:, ::2] = 0
+        return modules
+
+    half = nets()[0].fc1.weight.numel() // 2
+    tight, loose = (pruned(Budget(nonzero=most), change=with_zeros) for most in (total - half, total))
+    for outcome, is_held in ((tight, True), (loose, False)):
+        mask = outcome.population.masks["fc1.weight"][0]
+        assert outcome.notes[0]["sensitivity"] == 0 and bool(mask[:, ::2].any()) != is_held and mask[:, 1::2].all()
+        assert outcome.population.masks["conv1.bias"].all() if "conv1.bias" in outcome.population.masks else True
 
 
 def test_a_budget_that_turns_out_not_to_be_met_fails_its_member_alone(pruned):
@@ -492,3 +510,28 @@ def test_a_typed_strength_beats_that_of_a_yaml():
     assert read(compose(["budget.compression=5"])[0]).sensitivity is None
     run_ = read(compose(["+budget.compression=5", "sensitivity=0.5"])[0], typed=["sensitivity=0.5"])  # as of a YAML
     assert run_.sensitivity == 0.5 and run_.budget == Budget()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_what_went_on_the_way_to_a_budget_stays_gone(rule):
+    shipped, images, modules = RULES[rule], torch.rand(2, 1, 6, 6), nets(2)
+    population, graph = stack(modules, "cpu", images), trace(modules[0], images)
+    scope = "network" if shipped.whole else "tensor"
+    node = rule_node(getattr(pruning, rule), scope=scope, structural=shipped.structural)
+    budgets = [Budget(nonzero=400), Budget(compression=2.0)]
+    pruner = Pruner([node] * 2, None, budgets, population, context_of(graph))
+    total = sum(p[0].numel() for name, p in population.parameters.items() if population.layouts[name].kind == "weight")
+    before = None
+    for share in (0.0, 0.3, 0.9, 0.99, 0.999, 0.9999, 0.99999, 1.0):
+        masks = pruner.masks(population, share)
+        assert before is None or all(not (masks[name] & ~before[name]).any() for name in before)
+        before, kept = (
+            masks,
+            [torch.where(masks[name], p, 0) if name in masks else p for name, p in population.parameters.items()],
+        )
+        population = replace(population, parameters=dict(zip(population.parameters, kept)))
+    weights = {name: mask for name, mask in before.items() if population.layouts[name].kind == "weight"}
+    for member, most in enumerate((400, total // 2)):
+        left = sum(int(mask[member].sum()) for mask in weights.values())
+        assert left == pruner.notes()[member]["budget"]["nonzero"] <= most
+        assert left == most or shipped.structural

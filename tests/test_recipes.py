@@ -499,5 +499,6 @@ def test_every_recipe_runs_on_real_data(run, recipe, mnist_root):
     result = run(
         f"recipe={recipe}", "rounds=2", "budget.compression=10", "data=mnist", f"data.root={mnist_root}", "plots=false"
     )
-    assert result["compression"]["weights"] >= 5 and result["accuracy"]["final"]["test"] > 0.6
+    assert 10 <= result["compression"]["weights"] < 10.01 and result["accuracy"]["final"]["test"] > 0.6
+    assert result["stages_run"][-1]["nonzero"]["weights"] == result["nonzero"]["weights"] == 26_620
     assert len(result["stages_run"]) >= len(own["stages"])

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from sparsity import nodes
-from sparsity.budgets import Met, counts, meet
+from sparsity.budgets import Met, Reached, counts, meet
 from sparsity.errors import SparsityError, StageError
-from sparsity.limits import Budget, Counts, part
+from sparsity.limits import Budget, Counts, Limits, part
 from sparsity.nodes import Each, sensitivity_range
 from sparsity.population import Population
 from sparsity.stages.context import MASKED, Context, Outcome
 from sparsity.stages.rules import masks_of, rule_of, stds_of, thresholds_of
-from sparsity.tensors import Tensors, denormals_kept
+from sparsity.tensors import Tensors, denormals_kept, nonzero
 
 
 def prune(
@@ -59,6 +59,7 @@ class Pruner:
         self.masked = tuple(population.masks)
         self.start: list[Counts] = []  # what there was at first
         self.met: Met | None = None
+        self.last: Tensors = {}
         self.seen: dict[str, dict[str, list[float]]] = {}
 
     @property
@@ -67,7 +68,10 @@ class Pruner:
         return list(self.layouts) if self.rule.structural else list({*self.rule.names, *self.masked})
 
     def masks(self, population: Population, share: float) -> Tensors:
-        """The masks at a share of the way to the rule's number, or from what there was at first to the budget."""
+        """The masks at a share of the way to the rule's number, or from what there was at first to the budget.
+
+        What they left out once stays out.
+        """
         with denormals_kept(), torch.no_grad():
             population = population.map(Tensor.detach)
             numbers = torch.tensor([number or 0.0 for number in self.given], device=population.device)
@@ -76,23 +80,42 @@ class Pruner:
                 self.met = self._meet(population, share)
                 rule = self.rule.at(self.met.numbers)
             self.seen = {"stds": stds_of(population), "thresholds": thresholds_of(population, rule)}
-            return self.met.masks if self.met else masks_of(population, rule, self.context.graph.units)
+            masks = self._held(population) if self.met else masks_of(population, rule, self.context.graph.units)
+            self.last |= {name: mask & self.last[name] if name in self.last else mask for name, mask in masks.items()}
+            return dict(self.last)
 
     def _meet(self, population: Population, share: float) -> Met:
-        graph, budgets = self.context.graph, self.budgets
+        graph = self.context.graph
+        budgets, enough = self.budgets, None
         if share < 1:
             if not self.start:
                 with_macs = any(budget.limits_macs for budget in budgets)
                 self.start = counts(population, graph, with_macs=with_macs)
-            budgets = [part(budget, share, start, way="linear") for budget, start in zip(budgets, self.start)]
+            pairs = list(zip(budgets, self.start))
+            budgets = [part(budget, share, start, way="linear") for budget, start in pairs]
+            enough = [
+                Limits(*map(_nearly, now.limits(start), budget.limits(start)))
+                for now, (budget, start) in zip(budgets, pairs)
+            ]
         return meet(
             population,
             lambda numbers: masks_of(population, self.rule.at(numbers), graph.units),
             self.interval,
             budgets,
             graph,
-            unused=0.0 if share == 1 else NEARLY,
+            enough=enough,
         )
+
+    def _held(self, population: Population) -> Tensors:
+        """The masks of budgets; of a budget that zeros meet by themselves these go, or training would fill them."""
+        by_zeros = torch.tensor([_holds_by_zeros(reached) for reached in self.met.reached], device=population.device)
+
+        def held(name: str, mask: Tensor) -> Tensor:
+            is_weight = population.layouts[name].kind == "weight"
+            which = by_zeros.view(-1, *[1] * (mask.ndim - 1)) & is_weight
+            return mask & (nonzero(population.parameters[name]) | ~which)
+
+        return {name: held(name, mask) for name, mask in self.met.masks.items()} if by_zeros.any() else self.met.masks
 
     def notes(self) -> list[dict[str, Any]]:
         """What there is to say of each member."""
@@ -120,3 +143,16 @@ class Pruner:
 
 
 NEARLY = 0.002  # of a budget: what may be left unused on the way to it
+
+
+def _nearly(now: int | None, end: int | None) -> int | None:
+    """The count that is near enough to the one that a budget allows now, and never below the one in the end."""
+    return None if now is None or end is None else min(now, max(end, int(now * (1 - NEARLY))))
+
+
+def _holds_by_zeros(reached: Reached) -> bool:
+    """Whether nothing had to go for a budget that the dense network is above."""
+    left = reached.left
+    limits = reached.budget.limits(left)
+    above = [(limits.nonzero, left.total), (limits.macs, left.dense_macs)]
+    return reached.is_idle and any(limit is not None and limit < dense for limit, dense in above)
