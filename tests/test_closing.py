@@ -298,6 +298,13 @@ def ended(final, compression=10.0, weights=None, reg=True, stages=STANDARD, **mo
     return closing_lines(run, given, measured, compression, torch.arange(1000) % 10)
 
 
+@pytest.mark.parametrize(("accuracy", "num_lines"), [(1.0, 0), (0.5, 1)])
+def test_all_right_is_better_than_chance_of_two_images_too(accuracy, num_lines):
+    stages = [{"name": "pretrain", "did": [], "accuracy": {"test": accuracy}}]
+    run = config.read(compose(["stages=[pretrain]"])[0])
+    assert len(closing_lines(run, None, stages, None, torch.tensor([0, 1]))) == num_lines
+
+
 def of_rounds(accuracies, *overrides, compression=10.0):
     """The lines of a run of two rounds whose stages came to some accuracies, in order."""
     run = config.read(compose(["recipe=iterative", "rounds=2", *overrides])[0], typed=overrides)
