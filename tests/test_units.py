@@ -102,6 +102,22 @@ class Branches(nn.Module):
         return self.out(torch.cat([right, self.point(joined).tanh()], 1).amax((2, 3)))
 
 
+class Table(nn.Module):
+    """Layers and a product that read a table of positions, which is a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.rand(1, 5, 7, 2))
+        self.places = nn.Sequential(nn.Linear(2, 12), nn.ReLU(), nn.Linear(12, 6, bias=False))
+        self.factor, self.more = nn.Parameter(torch.randn(2, 8)), nn.Linear(8, 6)
+        self.one, self.out = nn.Linear(3 * 64, 6), nn.Linear(6, 5)
+
+    def forward(self, images):
+        gates = self.places(self.table).flatten(0, 2).mean(0).sigmoid()
+        added = self.more(self.table.view(-1, 2) @ self.factor).mean(0)
+        return self.out((self.one(images.flatten(1)) * gates + added).relu())
+
+
 class Shuffled(nn.Module):
     """Channels that are split into halves, brought together again and shuffled."""
 
@@ -199,7 +215,7 @@ class Tied(nn.Module):
 
 SMALL = {
     **{"branches": Branches, "shuffled": Shuffled, "attending": Attending, "mixer": Mixer, "decoder": Decoder},
-    **{"halved": Halved, "tied": Tied},
+    **{"halved": Halved, "tied": Tied, "table": Table},
     "vision": partial(vision_transformer.VisionTransformer, 8, 4, 1, 3, 12, 20, num_classes=5),
     "windows": partial(swin_transformer.SwinTransformer, [2, 2], 12, [2], [3], [3, 3], num_classes=5),
 }

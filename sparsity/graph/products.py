@@ -87,6 +87,11 @@ class Products(Channels):
     def layer(self, left: Tensor, right: Tensor, added: Any, result: Tensor) -> Any:
         """left · right + added, of matrices, as a layer; NotImplemented where neither or both are parameters."""
         one, other = self.value_of(left), self.value_of(right)
+        if isinstance(one, Held) and isinstance(other, Held):  # of the two a buffer, such as a table of positions,
+            if one.name in self.buffers and other.name not in self.buffers:  # stands in the place of an activation
+                one = self.activated(one)
+            elif other.name in self.buffers and one.name not in self.buffers:
+                other = self.activated(other)
         if isinstance(one, Held) == isinstance(other, Held):
             return NotImplemented
         if isinstance(one, Held):  # the same, transposed

@@ -44,6 +44,7 @@ class Slots:
         self.values: dict[Any, Value] = {}
         self.by_storage: dict[int, set[Any]] = {}
         self.alive: list[Any] = [module, images]  # storages are only told apart while they live
+        self.buffers = {name for name, _ in module.named_buffers()}
         for name, tensor in (*module.named_buffers(), *module.named_parameters()):
             sizes = tuple(tensor.shape)
             self.put(tensor, Held(name, sizes, tuple(laid(a, n, len(sizes)) for a, n in enumerate(sizes))))
