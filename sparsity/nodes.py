@@ -48,6 +48,7 @@ Factory = Annotated[Call, Methods("sparsity.models", given=("input_shape", "num_
 Loader = Annotated[Call, Methods("sparsity.data")]
 Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
 PruningRule = Annotated[Call, Methods("sparsity.pruning", positional=1, given=("sensitivity", "fixed", "mask"))]
+LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]
 Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
 StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
 
@@ -90,6 +91,13 @@ class Rule:
     layers: dict[str, float]
     exclude: list[str]
     search: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What training minimises, beside the penalty."""
+
+    function: LossFunction
 
 
 @dataclass(frozen=True)

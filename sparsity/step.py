@@ -4,16 +4,16 @@ Masks are state of the step: they are changed in place, so that a step that was 
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from sparsity.capture import Function, Replayed, Way
 from sparsity.data import Images, Splits, cut, lies_on, select
+from sparsity.losses import cross_entropy
 from sparsity.population import Population, over_members
 from sparsity.tensors import Tensors
 
@@ -27,10 +27,21 @@ class Penalty:
     numbers: Tensors
 
 
+@dataclass(frozen=True)
+class Loss:
+    """What is minimised beside the penalty; what may differ between members is a tensor [members]."""
+
+    function: Callable[..., Tensor]  # one member's outputs and labels, and its numbers by keyword, to a scalar
+    numbers: Tensors = field(default_factory=dict)
+
+
+CROSS_ENTROPY = Loss(cross_entropy)
+
+
 class Step:
     """Remembers what it has recorded: takes the arguments of a batch, moves the parameters, gives [3, members].
 
-    The rows are mean cross-entropy, penalty, and what is minimised: loss + decay · penalty.
+    The rows are mean loss, penalty, and what is minimised: loss + decay · penalty.
     """
 
     def __init__(
@@ -42,6 +53,7 @@ class Step:
         *,
         precision: torch.dtype = torch.float32,
         way: Way = "eager",
+        loss: Loss = CROSS_ENTROPY,
     ):
         """population: its parameters are leaves that record gradients; way: how the step is computed.
 
@@ -49,7 +61,7 @@ class Step:
         """
         self.population, self.train, self.device = population, splits.train, population.device
         self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
-        moved = _moved(population, splits, penalty, precision)
+        moved = _moved(population, splits, penalty, loss, precision)
         self.optimizer = optimizer(list(moved.values()))
         if not can_be_recorded(self.optimizer):
             way = "eager"
@@ -61,7 +73,7 @@ class Step:
         if not is_elementwise(self.optimizer):
             self.held = {name: moved[name].detach().clone() for name in population.masks if name in moved}
         functions = [
-            _gradients(population, splits, precision, moved),
+            _gradients(population, splits, loss, precision, moved),
             _penalised(population, penalty, moved, self.factors),
             _update(self.optimizer, moved, self.held, population.masks),
         ]
@@ -112,9 +124,11 @@ class Step:
                 group["lr"] = rate
 
 
-def try_step(population: Population, splits: Splits, precision: torch.dtype, num_images: int = 2) -> None:
+def try_step(
+    population: Population, splits: Splits, precision: torch.dtype, num_images: int = 2, loss: Loss = CROSS_ENTROPY
+) -> None:
     """Raises what a training step would raise on a batch of so many images; changes nothing."""
-    if not _moved(leaves(population), splits, None, precision, num_images):
+    if not _moved(leaves(population), splits, None, loss, precision, num_images):
         raise ValueError("its output depends on no parameter that is not frozen")
 
 
@@ -148,9 +162,9 @@ def _gathered(train: Images) -> Function:
     return lambda index: [select(train.images, index), train.labels[index]]
 
 
-def _gradients(population: Population, splits: Splits, precision: torch.dtype, moved: Tensors) -> Function:
-    """Images and labels [members, batch, …] to the members' cross-entropy [members] and its gradients."""
-    losses_of = _losses(population, splits, precision)
+def _gradients(population: Population, splits: Splits, loss: Loss, precision: torch.dtype, moved: Tensors) -> Function:
+    """Images and labels [members, batch, …] to the members' losses [members] and their gradients."""
+    losses_of = _losses(population, splits, loss, precision)
 
     def gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
         with torch.enable_grad():
@@ -224,15 +238,18 @@ def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient if is_laid else torch.empty_like(parameter).copy_(gradient)
 
 
-def _losses(population: Population, splits: Splits, precision: torch.dtype) -> Function:
-    """The members' cross-entropy [members], as a function of their buffers and a batch of raw images and labels."""
+def _losses(population: Population, splits: Splits, loss: Loss, precision: torch.dtype) -> Function:
+    """The members' losses [members], as a function of their buffers and a batch of raw images and labels."""
     module, arrange = population.module, arrangement(population)
 
-    def loss(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(outputs(module, parameters, buffers, images, precision).float(), labels)
+    def one(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor, numbers: Tensors) -> Tensor:
+        found = outputs(module, parameters, buffers, images, precision).float()
+        return loss.function(outputs=found, labels=labels, **numbers)
 
-    mapped = over_members(loss, population.num_members, (0,) * 4)
-    return lambda buffers, images, labels: mapped(population.parameters, buffers, arrange(splits.scale(images)), labels)
+    mapped = over_members(one, population.num_members, (0,) * 5)
+    return lambda buffers, images, labels: mapped(
+        population.parameters, buffers, arrange(splits.scale(images)), labels, loss.numbers
+    )
 
 
 def _penalties(population: Population, penalty: Penalty | None) -> Function:
@@ -244,7 +261,12 @@ def _penalties(population: Population, penalty: Penalty | None) -> Function:
 
 
 def _moved(
-    population: Population, splits: Splits, penalty: Penalty | None, precision: torch.dtype, num_images: int = 2
+    population: Population,
+    splits: Splits,
+    penalty: Penalty | None,
+    loss: Loss,
+    precision: torch.dtype,
+    num_images: int = 2,
 ) -> Tensors:
     """The trainable parameters that loss or penalty depend on, found on a batch of which nothing stays."""
     population.module.train()
@@ -252,7 +274,7 @@ def _moved(
     images, labels = (_repeated(each, num_images) for each in (batch.images, batch.labels))
     buffers = {name: buffer.clone() for name, buffer in population.buffers.items()}
     with torch.random.fork_rng(devices=cuda_devices(population)):
-        losses = _losses(population, splits, precision)(buffers, images, labels)
+        losses = _losses(population, splits, loss, precision)(buffers, images, labels)
         return _reached((losses + _penalties(population, penalty)()).sum(), population.trainable)
 
 

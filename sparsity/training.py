@@ -13,7 +13,7 @@ from sparsity.data import Splits, count_batches
 from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.population import Population, choose
-from sparsity.step import Penalty, Step, cuda_devices, leaves
+from sparsity.step import CROSS_ENTROPY, Loss, Penalty, Step, cuda_devices, leaves
 from sparsity.tensors import Tensors
 
 
@@ -58,7 +58,7 @@ class Epoch(NamedTuple):
     """What one epoch came to; each list has one entry a member."""
 
     epoch: int  # 1 is the first, 0 the state before it
-    loss: list[float] | None  # mean cross-entropy over the epoch's batches, nats
+    loss: list[float] | None  # mean over the epoch's batches, without the penalty
     penalty: list[float] | None  # mean penalty over them, without the decay
     objective: list[float] | None  # mean of what was minimised: loss + decay · penalty
     validation: list[float] | None  # accuracy after the epoch, in [0, 1]
@@ -97,13 +97,14 @@ def train(
     loop: Loop,
     generators: list[torch.Generator],
     *,
+    loss: Loss = CROSS_ENTROPY,
     penalty: Penalty | None = None,
     select: bool = False,
     gradual: Gradual | None = None,
     stop: int | None = None,
     watcher: Watcher = Watcher(),
 ) -> Trained:
-    """Every member trained by cross-entropy + decay · penalty; entries whose mask is 0 stay as they are.
+    """Every member trained by loss + decay · penalty; entries whose mask is 0 stay as they are.
 
     generators: one a member, for the order of its images. select: measure test accuracy after every epoch too, and
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
@@ -115,7 +116,7 @@ def train(
     if gradual is not None:
         check_gradual(loop, num_batches, gradual, stop=stop if select else None)
     population = leaves(population if gradual is None else _maskable(population, gradual.names))
-    step = Step(population, splits, penalty, loop.optimizer, precision=loop.precision, way=loop.way)
+    step = Step(population, splits, penalty, loop.optimizer, precision=loop.precision, way=loop.way, loss=loss)
     masking = _Masking(gradual, step, loop.epochs * num_batches)
     masking.after(0)
     memory = _Memory(population, select and splits.validation is not None)

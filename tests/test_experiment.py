@@ -319,7 +319,7 @@ MISTAKES = [
     (["prune.apply_to=[]"], ConfigError, "leave nothing to prune"),
     (["prune=percentile", "prune.layers.fc1.bias=0.5"], ConfigError, "prune.layers.fc1.bias does nothing"),
     (["optimizer.betas=[0.9]"], ConfigError, "optimizer.betas must be a list of 2 numbers"),
-    (["prune.scope=network"], ConfigError, "a method fails on the model's parameters"),
+    (["prune.scope=network"], ConfigError, "a method fails on the model"),
     (["reg.penalty._target_=sparsity.pruning.std"], ConfigError, "is no function of sparsity.regularizers"),
     (["reg.apply_to=[normalization]"], ConfigError, "the model has no such parameters"),
     (["data=image_folder", "data.root=nothing"], SparsityError, "data.root=nothing is no folder"),

@@ -108,6 +108,14 @@ def test_every_regularizer_is_the_same_in_a_population(name, members):
     assert len({result["compression"]["weights"] for result in together}) == 3
 
 
+@pytest.mark.slow
+def test_losses_may_differ_in_their_numbers(members):
+    own = [(*each, f"loss.function.smoothing={smoothing}") for each, smoothing in zip(DIFFERING, (0.0, 0.2, 0.6))]
+    together, alone = members((*MLP, "loss=label_smoothing"), own, stacked=True)
+    check_equal(together, alone)
+    assert len({result["accuracy"]["dense"]["test"] for result in together}) == 3
+
+
 SENSITIVITIES = {  # those that prune some of a network that is hardly trained
     "percentile": (0.3, 0.6, 0.8),
     "threshold": (0.01, 0.02, 0.03),

@@ -12,7 +12,7 @@ from conftest import ROOT
 LEVELS = [
     {"errors", "processes", "kinds", "uses", "front", "memory", "streams", "schedules"},
     {"files", "tensors", "tables", "nodes", "limits"},
-    {"models", "data", "regularizers", "pruning", "graph", "capture"},
+    {"models", "data", "losses", "regularizers", "pruning", "graph", "capture"},
     {"population", "weights"},
     {"step"},
     {"evaluation"},

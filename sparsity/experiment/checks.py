@@ -17,7 +17,7 @@ from sparsity.nodes import sensitivity_range
 from sparsity.population import Population
 from sparsity.stages import Context
 from sparsity.stages.rules import AppliedRule, masks_of, rule_of, thresholds_of
-from sparsity.stages.training import penalty_of
+from sparsity.stages.training import loss_of, penalty_of
 from sparsity.step import is_finite, try_step
 from sparsity.tensors import from_view, normalised, to_view
 from sparsity.training import Loop
@@ -87,8 +87,16 @@ def _trouble(member: Population, splits: Splits, loop: Loop, num_images: int) ->
 
 
 def _check_methods(stage: Planned, population: Population, context: Context) -> None:
-    """Refuses a penalty or a rule that fails on the population; changes nothing."""
+    """Refuses a loss, a penalty or a rule that fails on the population; changes nothing."""
     try:
+        if stage.losses:
+            loss, num_classes = loss_of(stage.losses, population.device), context.splits.num_classes
+            outputs = torch.zeros(2, num_classes, device=population.device)
+            numbers = {name: number[0] for name, number in loss.numbers.items()}
+            value = loss.function(outputs=outputs, labels=torch.arange(2, device=population.device), **numbers)
+            if value.shape != ():
+                key = f"{stage.key('loss')}.function"
+                raise ConfigError(f"{key} must give a scalar, got one of shape {list(value.shape)}")
         if stage.regularizers and (penalty := penalty_of(stage.regularizers, population)) is not None:
             one = {name: parameter[0].detach() for name, parameter in population.parameters.items()}
             value = penalty.function(one, **{name: number[0] for name, number in penalty.numbers.items()})
@@ -106,8 +114,8 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
     except SparsityError:
         raise
     except Exception as error:  # whatever a custom method may raise
-        methods = ", ".join(f"{group}={context.choices.get(group)}" for group in SEARCHED)
-        raise ConfigError(f"{methods}: a method fails on the model's parameters: {reason(error)}") from error
+        methods = ", ".join(f"{group}={context.choices.get(group)}" for group in (*SEARCHED, "loss"))
+        raise ConfigError(f"{methods}: a method fails on the model: {reason(error)}") from error
 
 
 def _check_budget(stage: Planned, population: Population, context: Context) -> None:

@@ -94,6 +94,11 @@ class Planned:
         return self._each(Regularizer)
 
     @property
+    def losses(self) -> list[nodes.Loss] | None:
+        """The members' losses, if it trains by one that is named."""
+        return self._each(nodes.Loss)
+
+    @property
     def rules(self) -> list[nodes.Rule] | None:
         """The members' pruning rules, if it prunes."""
         return self._each(nodes.Rule)
@@ -114,7 +119,8 @@ class Planned:
         given = self.arguments
         if self.schedule is None or not {"batch_size", "optimizer"} <= given.keys():
             return None
-        return loop_of(population, context, self.schedule, given["batch_size"], given["optimizer"], self.regularizers)
+        numbers = given["batch_size"], given["optimizer"], self.regularizers, self.losses
+        return loop_of(population, context, self.schedule, *numbers)
 
 
 def planned(runs: Sequence[Run]) -> list[Planned]:

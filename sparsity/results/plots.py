@@ -65,7 +65,7 @@ def draw_curves(path: Path, histories: Histories, title: str, member: int = 0) -
         offset += len(rows)
         for axis in axes:
             axis.axvline(offset + 0.5, color="0.85", linewidth=0.8)
-    for axis, name in zip(axes, ("cross-entropy", "penalty", "error")):
+    for axis, name in zip(axes, ("loss", "penalty", "error")):
         axis.set_ylabel(name)
         axis.grid(axis="y", color="0.92")
         _set_scale(axis)

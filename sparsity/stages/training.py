@@ -22,7 +22,7 @@ from sparsity.stages.context import MASKED, PENALIZED, SELECTED, Context, Outcom
 from sparsity.stages.holding import Hold, holding
 from sparsity.stages.pruning import Pruner
 from sparsity.stages.rules import method_of
-from sparsity.step import Penalty, can_be_recorded, convolves, is_elementwise
+from sparsity.step import CROSS_ENTROPY, Loss, Penalty, can_be_recorded, convolves, is_elementwise
 from sparsity.tensors import Layout, Tensors, to_view
 from sparsity.training import Gradual, Loop
 from sparsity.training import train as run_loop
@@ -35,6 +35,7 @@ def train(
     schedule: StageSchedule,
     batch_size: PositiveCount,
     optimizer: Optimizer,
+    loss: Each[nodes.Loss] | None = None,
     penalty: Each[Regularizer] | None = None,
     hold: Hold = "masks",
     select: bool = False,
@@ -44,16 +45,17 @@ def train(
     curve: Curve | None = None,
     every: PositiveCount | None = None,
 ) -> Outcome:
-    """Every member trained by cross-entropy + decay · penalty; what is held at zero takes no part in it.
+    """Every member trained by loss + decay · penalty; what is held at zero takes no part in it.
 
-    hold: what stays at zero, as `holding` says; whatever is dead by that is left out of the computation, unless the
-    optimizer makes entries depend on each other. select: hands back the epoch with the best validation accuracy, the
-    earliest of equals, the state before the first one among them; else the last. rule: prunes meanwhile, `every` so
-    many steps, by a number or to a budget that rises along a curve; only what has all of it is selected.
+    loss: cross-entropy where none is given. hold: what stays at zero, as `holding` says; whatever is dead by that is
+    left out of the computation, unless the optimizer makes entries depend on each other. select: hands back the epoch
+    with the best validation accuracy, the earliest of equals, the state before the first one among them; else the
+    last. rule: prunes meanwhile, `every` so many steps, by a number or to a budget that rises along a curve; only what
+    has all of it is selected.
     """
     held = holding(population, hold, context.graph.units)
     added = penalty_of(penalty, population) if penalty else None
-    loop = loop_of(population, context, schedule, batch_size, optimizer, penalty)
+    loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss)
     num_batches = count_batches(len(context.splits.train), batch_size)
     pruner = Pruner(rule, sensitivity, budget, held, context) if rule else None
     gradual = gradual_of(pruner, curve, every, loop) if pruner else None
@@ -66,6 +68,7 @@ def train(
             small.splits,
             loop,
             context.generators(),
+            loss=loss_of(loss, population.device),
             penalty=added,
             select=select and context.stop is None,
             gradual=gradual,
@@ -105,6 +108,14 @@ def final_from(gradual: Gradual, loop: Loop, num_batches: int) -> int:
 # --- from a config's nodes -------------------------------------------------------------------------------------------
 
 
+def loss_of(losses: Sequence[nodes.Loss] | None, device: torch.device) -> Loss:
+    """The loss of all members, one node a member."""
+    if not losses:
+        return CROSS_ENTROPY
+    method = method_of([each.function for each in losses], device)
+    return Loss(method.function, method.numbers)
+
+
 def penalty_of(regularizers: Sequence[Regularizer], population: Population) -> Penalty | None:
     """The penalty of all members, one node a member; None of a regularizer without one."""
     first, layouts, device = regularizers[0], population.layouts, population.device
@@ -135,9 +146,11 @@ def loop_of(
     batch_size: int,
     optimizer: Call,
     penalty: Sequence[Regularizer] | None = None,
+    losses: Sequence[nodes.Loss] | None = None,
 ) -> Loop:
     """The loop of a stage; refuses an optimizer that refuses its settings."""
     added = [each.penalty.target for each in (penalty or [])[:1] if each.penalty is not None]
+    targets = [context.model, optimizer.target, *added, *(each.function.target for each in (losses or [])[:1])]
     made = partial(_optimizer, optimizer, schedule.lr, schedule.weight_decay)
     tried = _tried(made, context)
     num_steps = schedule.epochs * count_batches(len(context.splits.train), batch_size)
@@ -147,7 +160,7 @@ def loop_of(
         learning_rate=partial(learning_rate, lr=schedule.lr, shape=schedule.shape, warmup=schedule.warmup),
         optimizer=made,
         precision=context.precision,
-        way=way_of(context, population, num_steps, [context.model, optimizer.target, *added], bool(added)),
+        way=way_of(context, population, num_steps, targets, bool(added)),
         elementwise=is_elementwise(tried),
         image_bytes=context.image_bytes,
     )
