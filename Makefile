@@ -9,7 +9,7 @@ run: $(VENV)/.installed
 	$(VENV)/bin/python main.py $(if $(filter data=%,$(ARGS)),,data=digits) $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "slow or not slow" -n 2
+	$(VENV)/bin/python -m pytest -m "slow or not slow"
 
 fuzz: $(VENV)/.installed-test
 	SPARSITY_FUZZ=10000 $(VENV)/bin/python -m pytest -m slow tests/test_fuzz.py
