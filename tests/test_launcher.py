@@ -305,7 +305,7 @@ def test_a_network_that_cannot_be_mapped_says_so(tmp_path, caplog, monkeypatch):
 def raising(after):
     """A `try_step` that refuses several members."""
 
-    def try_step(population, *rest):
+    def try_step(population, *rest, **more):
         if population.num_members >= after:
             raise RuntimeError("randomness")
 
