@@ -12,7 +12,7 @@ from sparsity.accounting import Report, account
 from sparsity.errors import ConfigError
 from sparsity.graph import Layer
 from sparsity.kinds import Range
-from sparsity.limits import Budget, Counts, Limits
+from sparsity.limits import RATIOS, Budget, Counts, Limits
 from sparsity.population import Population
 from sparsity.tensors import Layout, Tensors, denormals_kept, from_view, nonzero, to_view
 
@@ -316,7 +316,7 @@ def check_reachable(
     with_macs = any(budget.limits_macs for budget in budgets)
     for budget, least in zip(budgets, least_left(population, masks_of, interval, graph, with_macs=with_macs)):
         for key, alone in budget.alone():
-            remedy = "raise it" if alone.nonzero is not None or alone.macs is not None else "lower it"
+            remedy = "lower it" if alone.given.keys() <= RATIOS else "raise it"
             if 0 in alone.limits(least):
                 raise ConfigError(f"{key} leaves nothing at all of the network: {remedy}")
             if _slack(alone, least) < 0:

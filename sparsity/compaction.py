@@ -54,7 +54,7 @@ class Compacted:
         return self.fill(self.full, population)
 
     def fill(self, full: Population, small: Population) -> Population:
-        """The full population with the small one's entries where they belong; its masks stay."""
+        """The full population with the small one's entries where they belong, and its masks of whole tensors."""
 
         def filled(name: str, full: Tensor, small: Tensor) -> Tensor:
             if name not in self.kept:
@@ -67,7 +67,8 @@ class Compacted:
             part: {name: filled(name, tensor, getattr(small, part)[name]) for name, tensor in tensors.items()}
             for part, tensors in (("parameters", full.parameters), ("buffers", full.buffers))
         }
-        return replace(full, **parts)
+        masks = full.masks | {name: mask for name, mask in small.masks.items() if name not in self.kept}
+        return replace(full, **parts, masks=masks)
 
 
 def compact(population: Population, splits: Splits) -> Compacted:

@@ -39,6 +39,9 @@ class Limits(NamedTuple):
         return self.macs is None or 0 < (left.macs or 0) <= self.macs
 
 
+RATIOS = {"compression", "macs_reduction"}  # limits of which more prunes more
+
+
 @dataclass(frozen=True)
 class Budget:
     """What may be left of a network; of several limits all hold."""
@@ -64,10 +67,10 @@ class Budget:
 
         For less all of them, for more the first.
         """
-        is_ratio = {
-            name: alone.compression is not None or alone.macs_reduction is not None for name, alone in self.alone()
-        }
-        ways = [f"{'raise' if ratio == (pruning == 'more') else 'lower'} {name}" for name, ratio in is_ratio.items()]
+        ways = [
+            f"{'raise' if (alone.given.keys() <= RATIOS) == (pruning == 'more') else 'lower'} {name}"
+            for name, alone in self.alone()
+        ]
         return " and ".join(ways) if pruning == "less" else ways[0]
 
     def limits(self, dense: Counts) -> Limits:

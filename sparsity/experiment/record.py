@@ -253,7 +253,7 @@ class Record:
         """Brings one member to where a finished stage leaves it."""
         before = member.population
         member.population = population_of(kept.tensors, before, self.device)
-        note = {**kept.note, "left": _left(self._report(member.population))}  # as this code counts it
+        note = {**kept.note, "left": results.describe_left(self._report(member.population))}  # as this code counts it
         own = stage.take([self.members.index(member)])
         member.stages.append(_about(own, note))
         member.computed_with[stage.name] = note["computed_with"]
@@ -391,17 +391,6 @@ def _about(stage: Planned, note: Mapping[str, Any]) -> dict[str, Any]:
         "budget": note.get("budget"),
         "notes": note.get("said", []),
         "seconds": note["seconds"],
-    }
-
-
-def _left(report: Report) -> dict[str, Any]:
-    """What is left of a network in a few figures."""
-    return {
-        "nonzero": report.nonzero,
-        "total": report.total,
-        "compression": report.compression,
-        "macs": report.macs,
-        "structure": report.structure,
     }
 
 

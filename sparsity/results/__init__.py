@@ -36,14 +36,15 @@ def describe_layers(rows: "Iterable[Row]") -> list[dict[str, Any]]:
     return [{name: getattr(row, name) for name in LAYER_FIELDS} for row in rows]
 
 
+def describe_left(report: "Report") -> dict[str, Any]:
+    """What is left, in the few figures that every stage has."""
+    return {name: getattr(report, name) for name in ("nonzero", "total", "compression", "macs", "structure")}
+
+
 def describe_report(report: "Report") -> dict[str, Any]:
     """A report under the keys of `result.json`."""
     return {
-        "nonzero": report.nonzero,
-        "total": report.total,
-        "compression": report.compression,
-        "macs": report.macs,
-        "structure": report.structure,
+        **describe_left(report),
         "structure_removable": report.structure_removable,
         "dense_structure": report.dense_structure,
         "layers": describe_layers(report.rows),

@@ -117,10 +117,11 @@ class Pruner:
 
         return {name: held(name, mask) for name, mask in self.met.masks.items()} if by_zeros.any() else self.met.masks
 
-    def notes(self) -> list[dict[str, Any]]:
-        """What there is to say of each member."""
+    def notes(self, final_from: int = 0) -> list[dict[str, Any]]:
+        """What there is to say of each member; final_from: the first epoch with the final masks."""
         return [
             {
+                "final_from": final_from,
                 **{kind: {name: each[member] for name, each in seen.items()} for kind, seen in self.seen.items()},
                 **self._of_budget(member),
             }

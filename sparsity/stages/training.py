@@ -1,7 +1,6 @@
 """The stage that trains: every training stage of a recipe is this one, with other arguments."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -77,13 +76,11 @@ def train(
         )
     finally:
         watcher.close()
-    after = small.restore(trained.selected)
+    notes = pruner.notes(final_from(gradual, loop, num_batches)) if pruner else []
     return Outcome(
-        population=replace(after, masks=trained.selected.masks) if gradual else after,
+        population=small.restore(trained.selected),
         did=((PENALIZED,) if penalty else ()) + ((MASKED,) if rule else ()) + ((SELECTED,) if select else ()),
-        notes=[note | {"final_from": final_from(gradual, loop, num_batches)} for note in pruner.notes()]
-        if gradual
-        else [],
+        notes=notes,
         history=trained.history,
         selected_epoch=trained.selected_epoch,
         diverged=trained.diverged,
