@@ -1,5 +1,7 @@
 """Runs the benchmarks and prints their table: `make bench`, or `python -m benchmarks --data-root FOLDER`.
 
+`python -m benchmarks gpu` is what only a GPU shows.
+
 Measurements are interleaved within one run, after one to warm up; the table has medians, the JSON each round.
 """
 
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import epochs, finetune, machine, populations, recipes, startup
+from benchmarks import epochs, finetune, gpu, machine, populations, recipes, startup
 from benchmarks.floor import Rates
 from benchmarks.report import Report
 from benchmarks.subjects import NETWORKS, Setting
@@ -28,6 +30,7 @@ PARTS: dict[str, Part] = {
 def options() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser("benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="?", choices=("all", "gpu"), default="all", help="all, or what only a GPU shows")
     root = os.environ.get("SPARSITY_DATA", "data")
     parser.add_argument("--data-root", default=root, help=f"folder that holds MNIST ({root})")
     parser.add_argument("--rounds", type=int, default=5)
@@ -38,8 +41,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=there, help=f"of the populations ({there})")
     parser.add_argument("--quick", action="store_true", help="few cases, and small runs: to see that everything works")
     parser.add_argument("--random", action="store_true", help="random images instead of MNIST")
-    parser.add_argument("--out", type=Path, default=Path("outputs/benchmarks/bench.json"))
-    return parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the JSON (outputs/benchmarks/bench.json, or gpu.json)")
+    asked = parser.parse_args()
+    if asked.what == "gpu" and asked.device == "cpu" and not asked.quick:
+        parser.error("there is no GPU here: --quick --device cpu shows that everything works")
+    asked.out = asked.out or Path("outputs/benchmarks") / ("gpu.json" if asked.what == "gpu" else "bench.json")
+    return asked
 
 
 def _some(known: Iterable[str]) -> Callable[[str], tuple[str, ...]]:
@@ -63,9 +70,12 @@ def main() -> None:
     device = torch.device(asked.device)
     report = Report(asked.out, machine.name_of(device))
     print(", ".join(f"{key} {value}" for key, value in report.machine.items() if value is not None))
-    rates = machine.measure(setting, report, torch.device("cpu"))
-    for name in asked.only:
-        PARTS[name](setting, report, rates)
+    if asked.what == "gpu":
+        gpu.measure(setting, report)
+    else:
+        rates = machine.measure(setting, report, torch.device("cpu"))
+        for name in asked.only:
+            PARTS[name](setting, report, rates)
     print(f"\n{report.summary()}\nwritten to {asked.out}")
 
 

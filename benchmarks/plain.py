@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 
-from benchmarks.subjects import BATCH_SIZE, DECAY, Setting
+from benchmarks.subjects import BATCH_SIZE, DECAY, Setting, bytes_taken
 from benchmarks.turns import Tell
 
 
@@ -42,7 +42,7 @@ class PlainLeNet5(nn.Module):
 
 def plain_penalty(reg: str, module: nn.Module) -> Tensor:
     """The penalty by a Python loop over parameters."""
-    total = torch.zeros(())
+    total = torch.zeros((), device=next(module.parameters()).device)
     for parameter in module.parameters():
         if reg == "hs":
             total = total + parameter.abs().sum() ** 2 / (parameter**2).sum()
@@ -53,26 +53,29 @@ def plain_penalty(reg: str, module: nn.Module) -> Tensor:
     return total
 
 
-def plain_epochs(tell: Tell, setting: Setting, network: str, reg: str) -> None:
+def plain_epochs(tell: Tell, setting: Setting, network: str, reg: str, device: str = "cpu") -> None:
     """Tells the seconds of epoch after epoch of the plain loop."""
     loader = DataLoader(Subset(_images(setting), range(setting.images)), batch_size=BATCH_SIZE, shuffle=True)
-    module = PlainLeNet300() if network == "lenet300" else PlainLeNet5()
+    module = (PlainLeNet300() if network == "lenet300" else PlainLeNet5()).to(device)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     while True:
         start = time.perf_counter()
-        _epoch(loader, module, optimizer, reg)
-        tell(seconds=time.perf_counter() - start)
+        loss = _epoch(loader, module, optimizer, reg, device)
+        float(loss)  # waits for a GPU
+        tell(seconds=time.perf_counter() - start, bytes=bytes_taken(device))
 
 
-def _epoch(loader: DataLoader, module: nn.Module, optimizer: torch.optim.Optimizer, reg: str) -> None:
+def _epoch(loader: DataLoader, module: nn.Module, optimizer: torch.optim.Optimizer, reg: str, device: str) -> Tensor:
+    """One pass over the images; the last batch's loss."""
     module.train()
     for batch, labels in loader:
         optimizer.zero_grad()
-        loss = F.nll_loss(module(batch), labels)
+        loss = F.nll_loss(module(batch.to(device)), labels.to(device))
         if reg != "none":
             loss = loss + DECAY * plain_penalty(reg, module)
         loss.backward()
         optimizer.step()
+    return loss.detach()
 
 
 def _images(setting: Setting) -> Dataset:

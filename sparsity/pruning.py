@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from sparsity.kinds import Range
-from sparsity.tensors import BITS, Tensors
+from sparsity.tensors import BITS, Tensors, reread
 
 AtLeastZero = Annotated[Tensor, Range(0)]
 Share = Annotated[Tensor, Range(0, 1)]
@@ -54,7 +54,7 @@ def percentile_cut(weights: Tensors, *, sensitivity: Share) -> Tensor:
     """The smallest magnitude that stays: number round(sensitivity · n) of n in rising order from 0; ∞ if none does."""
     magnitudes = torch.cat([weight.abs().flatten() for weight in weights.values()])
     bits = BITS[magnitudes.dtype]  # floats without a sign order as their bits, which torch sorts faster
-    magnitudes = magnitudes.detach().view(bits).sort().values.view(magnitudes.dtype)
+    magnitudes = reread(reread(magnitudes, bits).sort().values, magnitudes.dtype)
     magnitudes = torch.cat([magnitudes, magnitudes.new_full((1,), torch.inf)])
     index = (sensitivity.double() * (magnitudes.numel() - 1)).round().long()
     return magnitudes.gather(0, index.reshape(1)).reshape(())

@@ -7,6 +7,7 @@ floats. Sums that are too large end at the largest float; denormals count as zer
 Wen, Li, ICLR 2020).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -176,22 +177,11 @@ def _keep(context: Any, aside: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> 
 
 
 def _factor(largest: Tensor) -> Tensor:
-    """The power of two that brings the largest magnitude between 2 and 4; of denormals and zeros one that makes them 0.
-
-    Its exponent is the complement of the largest's, and exponents reach as far down as up.
-    """
+    """The power of two that brings the largest magnitude to about 2; of denormals and zeros one that makes them 0."""
     limits = torch.finfo(largest.dtype)
-    whole, exponent = EXPONENTS[largest.dtype]
-    bits = threshold(largest, limits.tiny, limits.max).view(whole)
-    return bits.bitwise_xor(exponent).bitwise_and(exponent).view(largest.dtype)
-
-
-EXPONENTS = {  # where the exponent lies in a float, as an integer of the same size
-    torch.float64: (torch.int64, 0x7FF << 52),
-    torch.float32: (torch.int32, 0xFF << 23),
-    torch.bfloat16: (torch.int16, 0xFF << 7),
-    torch.float16: (torch.int16, 0x1F << 10),
-}
+    exponent = threshold(largest, limits.tiny, limits.max).log2().floor()
+    # a logarithm that was rounded up would ask for a power below the normal ones
+    return (1 - exponent).clamp(math.log2(limits.tiny), math.log2(1 / limits.tiny) + 1).exp2()
 
 
 def _quotient(gradient: Tensor | None, norm: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +153,27 @@ def nonzero(tensor: Tensor) -> Tensor:
     """Which entries are not ±0, by their bits: a comparison takes denormals for 0 wherever those are flushed."""
     bits = BITS.get(tensor.dtype)
     return tensor != 0 if bits is None else tensor.detach().view(bits) << 1 != 0
+
+
+def reread(tensor: Tensor, kind: torch.dtype) -> Tensor:
+    """The bits of a tensor as numbers of another kind of the same size, without a gradient; members may be mapped."""
+    return _Reread.apply(tensor.detach(), kind)
+
+
+class _Reread(torch.autograd.Function):
+    """`view(dtype)`, which older torch does not map."""
+
+    @staticmethod
+    def forward(tensor: Tensor, kind: torch.dtype) -> Tensor:
+        return tensor.view(kind)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor, torch.dtype], output: Tensor) -> None:
+        context.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info: Any, axes: tuple[int | None, None], tensor: Tensor, kind: torch.dtype) -> tuple[Tensor, int | None]:
+        return reread(tensor, kind), axes[0]
 
 
 @contextlib.contextmanager

@@ -173,3 +173,19 @@ def test_every_part_runs(tmp_path):
     assert steps["first training step"] > steps["import torch"] > 0
     for figure in figures:
         assert figure["name"] in done.stdout
+
+
+@pytest.mark.slow
+def test_what_only_a_gpu_shows_runs_where_there_is_none(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--random", "--images=600", "--rounds=1", f"--out={out}"]
+    done = subprocess.run([*command, "--device=cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "--quick --device cpu" in done.stderr
+    command += ["--quick", "--device=cpu", "--networks=lenet300"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = {figure["name"]: figure for figure in json.loads(out.read_text())["figures"]}
+    assert {figure["part"] for figure in figures.values()} == {"machine", "gpu", "populations"}
+    same = [figure for name, figure in figures.items() if name.endswith("entries that differ")]
+    assert len(same) == 3 and all(figure["reached"] for figure in same)
+    assert all(figure["reached"] for name, figure in figures.items() if "and alone" in name)

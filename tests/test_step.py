@@ -32,21 +32,21 @@ def optimizer(name):
     return partial(config.read(composed).optimizer.partial(), lr=1e-2, weight_decay=1e-3)
 
 
-def trained(way, members, optimize="adam", masked=False, name="hs"):
-    population = stack(members)
+def trained(way, members, optimize="adam", masked=False, name="hs", device="cpu"):
+    population = stack(members, device)
     if masked:
         generator = torch.Generator().manual_seed(0)
         masks = {key: torch.rand(p.shape, generator=generator) < 0.5 for key, p in population.parameters.items()}
-        population = replace(population, masks=masks)
+        population = replace(population, masks=masks).to(device)
     composed, _ = config.compose([f"reg={name}"])
     call = config.read(composed).reg.penalty
-    numbers = {key: torch.full((len(members),), value) for key, value in call.numbers.items()}
+    numbers = {key: torch.full((len(members),), value, device=device) for key, value in call.numbers.items()}
     names = [key for key, layout in population.layouts.items() if layout.kind != "normalization"]
     function = total_penalty(call.function, population.layouts, names)
-    penalty = Penalty(function, torch.linspace(1e-4, 1e-3, len(members)), numbers)
+    penalty = Penalty(function, torch.linspace(1e-4, 1e-3, len(members), device=device), numbers)
     rate = partial(learning_rate, lr=1e-2, shape="cosine", warmup=0.1)
     loop = Loop(3, 10, rate, optimizer(optimize), way=way)
-    return train(population, splits(), loop, generators(*range(len(members))), penalty=penalty, select=True)
+    return train(population, splits().to(device), loop, generators(*range(len(members))), penalty=penalty, select=True)
 
 
 def check_same(one, other, close=torch.equal):
