@@ -24,12 +24,12 @@ from benchmarks.subjects import (
     splits,
 )
 from benchmarks.turns import Contender, Tell, Turns
-from sparsity import pruning, stages
+from sparsity import config, stages
 from sparsity.accounting import live_inputs, live_outputs
 from sparsity.capture import Way
 from sparsity.experiment.machine import machine
 from sparsity.graph import trace
-from sparsity.nodes import Call, Rule, StageSchedule
+from sparsity.nodes import Call, StageSchedule
 from sparsity.population import Population
 from sparsity.tensors import to_view
 from sparsity.training import Watcher, train
@@ -153,8 +153,7 @@ def finetune(tell: Tell, setting: Setting, network: str, way: Way, precision: st
 
 ADAM = Call("optimizer", "torch.optim.Adam", torch.optim.Adam, {"fused": True})
 SCHEDULE = StageSchedule(epochs=WITHOUT_END, lr=1e-3, shape="constant", warmup=0.0, weight_decay=0.0)
-PERCENTILE = Call("prune.rule", "sparsity.pruning.percentile", pruning.percentile, {})
-RULE = Rule(PERCENTILE, cut=None, apply_to=["weight"], scope="network", structural=False, layers={}, exclude=[])
+RULE = config.read(config.compose(["prune=percentile"])[0]).prune
 
 
 def _context(

@@ -29,3 +29,4 @@ NonNegative = Annotated[float, Range(0)]
 Count = Annotated[int, Range(0)]
 PositiveCount = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
+OWN_SHARE = "of a unit that leaves a share of its own, whatever the cut is"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from sparsity.errors import ConfigError
-from sparsity.kinds import Count, NonNegative, Positive, Range
+from sparsity.kinds import Count, NonNegative, Positive, PositiveCount, Range
 from sparsity.schedules import CURVES, SHAPES
 
 Kinds = list[Literal["weight", "bias", "normalization", "scale", "other"]]
@@ -36,18 +36,24 @@ class Methods:
     given: tuple[str, ...] = ()  # arguments that are passed by name
 
 
-def sensitivity_range(rule: Call) -> Range:
-    """The interval of a rule's sensitivity, as its signature annotates it; finite and ≥ 0 where it does not."""
-    parameter = inspect.signature(rule.function).parameters.get("sensitivity")
+def sensitivity_range(rule: "Rule") -> Range:
+    """The interval of a rule's sensitivity, as its cut's signature annotates it; finite and ≥ 0 where it does not."""
+    cut = rule.cut.function
+    parameter = inspect.signature(cut.function).parameters.get("sensitivity")
     if parameter is None:
-        raise ConfigError(f"{rule.key}._target_={rule.target} is no pruning rule: it takes no sensitivity")
+        raise ConfigError(f"{cut.key}._target_={cut.target} is no cut: it takes no sensitivity")
     return next((part for part in get_args(parameter.annotation) if isinstance(part, Range)), Range(0))
 
 
 Factory = Annotated[Call, Methods("sparsity.models", given=("input_shape", "num_classes"))]
 Loader = Annotated[Call, Methods("sparsity.data")]
 Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
-PruningRule = Annotated[Call, Methods("sparsity.pruning", positional=1, given=("sensitivity", "fixed", "mask"))]
+# what an importance may ask for beside the weight: what is computed for it over batches of train, or read off the graph
+COMPUTED = ("gradient", "squared_gradient", "curved_gradient", "curvature", "flow", "input_norm", "noise", "scale")
+ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", positional=1, given=COMPUTED)]
+COUPLING = ("unit_of_rows", "unit_of_columns", "num_units")  # what a unit across layers asks for
+UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
+CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]
 Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
 StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
@@ -80,16 +86,49 @@ class Regularizer:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The pruning rule, and the parameters that it is applied to."""
+class Importance:
+    """What an entry scores, and what is read of train for it."""
 
-    rule: PruningRule
-    cut: PruningRule | None  # the threshold that the report shows
+    function: ImportanceFunction
+    of: Literal["any", "entries", "filters"]  # the units that it is meant for
+    batches: Count  # of train; 0: it reads none
+    batch_size: PositiveCount
+    mode: Literal["eval", "train"]  # of dropout and normalisation while it reads
+    rounds: Annotated[int, Range(1, 10_000)]  # of scoring and pruning in turns, with ever less left
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is kept or removed as one."""
+
+    function: UnitFunction
+    structural: bool  # takes whole groups: a filter that goes takes its bias
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The threshold, which the report shows; its one number is the run's sensitivity."""
+
+    function: CutFunction
+    scope: Literal["tensor", "network"]  # of each tensor by itself, or of all together
+    default: float  # sensitivity
+    search: str  # the range that a search draws it from
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The pruning rule, importance → unit → cut, and the parameters that it is applied to."""
+
+    importance: Importance
+    unit: Unit
+    cut: Cut
     apply_to: Kinds
-    scope: Literal["tensor", "network"]
+    scope: Literal["tensor", "network"]  # of the cut
     structural: bool  # takes whole groups: a filter that goes takes its bias
     layers: dict[str, float]
     exclude: list[str]
+    keep_at_least: Annotated[float, Range(0, 1)]  # the share of a parameter that stays, whatever the cut
+    round_to: PositiveCount  # of structural rules: filters stay in multiples of it
     search: dict[str, str] = field(default_factory=dict)
 
 

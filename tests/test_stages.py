@@ -8,7 +8,7 @@ from conftest import context_of, rule_node
 from test_training import splits
 from torch import nn
 
-from sparsity import pruning, stages
+from sparsity import stages
 from sparsity.graph import trace
 from sparsity.nodes import Call, StageSchedule
 from sparsity.population import stack
@@ -22,7 +22,7 @@ def test_denormals_are_compared_as_numbers_where_they_are_flushed(threads):
     population = stack([nn.Linear(500, 200)])
     sizes = (SMALLEST * torch.arange(4, dtype=torch.float64)).float().repeat(200, 125)
     population.parameters["weight"] = sizes.unsqueeze(0)
-    rule = rule_node(pruning.threshold)
+    rule = rule_node("threshold")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     torch.set_flush_denormal(True)
@@ -55,11 +55,11 @@ class Separable(nn.Module):
         return self.one(maps.mean((2, 3))) + self.two(first.mean((2, 3)))
 
 
-def group_pruned(module, shape, function=pruning.group_threshold, sensitivity=0.01, excluded=()):
+def group_pruned(module, shape, rule="group_threshold", sensitivity=0.01, excluded=(), **more):
     images = torch.rand(2, *shape)
     population = stack([module], "cpu", images)
-    rule, graph = rule_node(function, structural=True, exclude=list(excluded)), trace(module, images)
-    return stages.prune(population, context_of(graph), rule=[rule], sensitivity=[sensitivity]).population, graph
+    node, graph = rule_node(rule, exclude=list(excluded), **more), trace(module, images)
+    return stages.prune(population, context_of(graph), rule=[node], sensitivity=[sensitivity]).population, graph
 
 
 def shrunk(module, rows):
@@ -74,10 +74,10 @@ def shrunk(module, rows):
     return module
 
 
-@pytest.mark.parametrize("function", [pruning.group_threshold, pruning.group_std])
-def test_what_belongs_to_a_filter_goes_with_it(function):
+@pytest.mark.parametrize("rule", ["group_threshold", "group_std"])
+def test_what_belongs_to_a_filter_goes_with_it(rule):
     module = shrunk(Separable(), {"conv.weight": [0, 3]})
-    population, _ = group_pruned(module, (1, 8, 8), function)
+    population, _ = group_pruned(module, (1, 8, 8), rule)
     kept = torch.tensor([False, True, True, False, True, True])
     for name in ("norm.weight", "norm.bias", "depthwise.weight", "depthwise.bias", "slopes.weight"):
         entries = population.parameters[name][0].flatten(1).any(1) if "depthwise.w" in name else None
@@ -92,24 +92,24 @@ def test_what_is_excluded_goes_with_nothing():
     assert (population.parameters["depthwise.bias"] != 0).all()  # what it hears is not 0
 
 
-@pytest.mark.parametrize("function", [pruning.group_threshold, pruning.group_std])
-def test_group_rules_leave_outputs_alone(function):
+@pytest.mark.parametrize("rule", ["group_threshold", "group_std"])
+def test_group_rules_leave_outputs_alone(rule):
     module = shrunk(Separable(), {"one.weight": [1, 2], "two.weight": [2], "one.bias": [0]})
     with torch.no_grad():
         module.one.weight[:, 3] *= 1e-4
-    population, _ = group_pruned(module, (1, 8, 8), function)
+    population, _ = group_pruned(module, (1, 8, 8), rule)
     for head in ("one", "two"):
         assert population.parameters[f"{head}.weight"][0].any(1).all()
         assert torch.equal(population.parameters[f"{head}.bias"][0], module.get_parameter(f"{head}.bias"))
     assert not population.parameters["one.weight"][0][:, 3].any()  # its columns may go
 
 
-def test_rules_that_do_not_ask_which_filters_stay_leave_outputs_alone_too():
-    def rows(weight, *, sensitivity):
-        return (weight.abs().amax((2, 3), keepdim=True) >= sensitivity).expand_as(weight)
+def test_units_that_do_not_ask_which_filters_stay_leave_outputs_alone_too():
+    def rows(scores):
+        return scores.amax((2, 3), keepdim=True).expand_as(scores)
 
     module = shrunk(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5)), {"0.weight": [1], "2.weight": [0, 4]})
-    population, _ = group_pruned(module, (4,), rows)
+    population, _ = group_pruned(module, (4,), unit=rows)
     assert population.parameters["0.weight"][0].any(1).tolist() == [True, False, True]
     assert population.parameters["2.weight"][0].any(1).all()
 
@@ -143,26 +143,26 @@ def linear(*sizes, masks=None):
     return replace(population, parameters={"weight": torch.tensor([[sizes]])}, masks=masks)
 
 
-@pytest.mark.parametrize("function", [pruning.std, pruning.group_std])
-def test_a_multiple_of_the_standard_deviation_is_of_what_is_left(function):
+@pytest.mark.parametrize("rule", ["std", "group_std"])
+def test_a_multiple_of_the_standard_deviation_is_of_what_is_left(rule):
     given = linear(1.0, 3.0, 0.0, 0.0, masks=[1, 1, 0, 0])
-    node = rule_node(function, cut=pruning.std_cut)
+    node = rule_node(rule)
     images = torch.rand(2, 4)
     context = context_of(trace(given.module, images))
     outcome = stages.prune(given, context, rule=[node], sensitivity=[2.0])
     assert outcome.notes[0]["stds"] == {"weight": 1.0} and outcome.notes[0]["thresholds"] == {"weight": 2.0}
     whole = stages.prune(replace(given, masks={}), context, rule=[node], sensitivity=[2.0])
     assert whole.notes[0]["stds"] == {"weight": pytest.approx(1.5**0.5)}
-    if function is pruning.std:
+    if rule == "std":
         assert outcome.population.parameters["weight"].tolist() == [[[0, 3, 0, 0]]]
         assert outcome.population.masks["weight"].tolist() == [[[False, True, False, False]]]
 
 
-@pytest.mark.parametrize("function", [pruning.threshold, pruning.group_threshold])
-def test_what_was_pruned_before_stays_pruned_whatever_it_is_now(function):
+@pytest.mark.parametrize("rule", ["threshold", "group_threshold"])
+def test_what_was_pruned_before_stays_pruned_whatever_it_is_now(rule):
     given = linear(5.0, 3.0, 4.0, masks=[0, 1, 1])
     context = context_of(trace(given.module, torch.rand(2, 3)))
-    after = stages.prune(given, context, rule=[rule_node(function)], sensitivity=[3.5]).population
+    after = stages.prune(given, context, rule=[rule_node(rule)], sensitivity=[3.5]).population
     assert after.masks["weight"].tolist() == [[[False, False, True]]]
     assert after.parameters["weight"].tolist() == [[[0, 0, 4]]] and after.masks["weight"].dtype is torch.bool
 

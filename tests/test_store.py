@@ -386,7 +386,8 @@ def test_keys_follow_the_device_and_the_format_of_the_store(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("part", "first"), [("mlp", "pretrain"), ("hs", "regularize"), ("std", "prune"), ("std_cut", "prune")]
+    ("part", "first"),
+    [("mlp", "pretrain"), ("hs", "regularize"), ("magnitude", "prune"), ("entry", "prune"), ("std", "prune")],
 )
 def test_keys_follow_the_code_of_every_method(part, first, monkeypatch):
     from sparsity import config

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import swin_transformer, vision_transformer
 
-from sparsity import models, pruning, stages
+from sparsity import models, stages
 from sparsity.accounting import account
 from sparsity.graph import Facts, trace
 from sparsity.population import stack
@@ -54,7 +54,7 @@ def disturbed(module, units, seed=1, share=0.3):
 
 def pruned(module, images, rule, excluded=()):
     population = stack([module], "cpu", images)
-    graph, node = trace(module, images), rule_node(getattr(pruning, rule), structural=True, exclude=list(excluded))
+    graph, node = trace(module, images), rule_node(rule, exclude=list(excluded))
     return stages.prune(population, context_of(graph), rule=[node], sensitivity=[RULES[rule]]).population, graph
 
 

@@ -15,10 +15,12 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 from sparsity.config.outside import bring_in
 from sparsity.config.recipe import Readers, check_written, resolved
 from sparsity.config.schema import RULE, SEARCHED, Run, Stage
+from sparsity.config.signatures import marked
 from sparsity.config.trust import check_trust, patterns
 from sparsity.config.typed import check, check_names
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
+from sparsity.kinds import OWN_SHARE
 from sparsity.limits import Budget
 from sparsity.nodes import Regularizer, Rule, sensitivity_range
 
@@ -173,6 +175,18 @@ def _check_budget(run: Run) -> None:
             )
         if "rule" in takes and "curve" in takes:
             _check_curve(stage)
+        if isinstance(rule := numbers.get("rule"), Rule) and isinstance(numbers.get("budget"), Budget):
+            _check_share(rule, numbers["budget"])
+
+
+def _check_share(rule: Rule, budget: Budget) -> None:
+    """Refuses a budget for a unit that leaves a share of its own."""
+    unit = rule.unit.function
+    for key, _ in budget.alone():
+        if marked(unit.function, OWN_SHARE):
+            name = unit.target.rpartition(".")[2]
+            of = ", ".join(f"prune.unit.function.{each}={unit.numbers[each]}" for each in unit.numbers)
+            raise ConfigError(f"{key} cannot be met: {name} leaves its own share, by {of}: drop the budget")
 
 
 def _check_curve(stage: Stage) -> None:
@@ -208,10 +222,10 @@ def _is_range(text: str) -> bool:
 def _check_strengths(rule: Rule, key: str, numbers: Mapping[str, float], run: Run) -> None:
     """Refuses sensitivities that are none of the rule's: some by their keys, and layers' own; key: that of the rule."""
     layers = {f"{key}.layers.{layer}": value for layer, value in rule.layers.items()}
-    interval = sensitivity_range(rule.rule)
+    interval = sensitivity_range(rule)
     for each, value in {**numbers, **layers}.items():
         if value not in interval:
-            name = f"{RULE}={run.name.get(RULE)}" if key == RULE else f"{key}.rule._target_={rule.rule.target}"
+            name = f"{RULE}={run.name.get(RULE)}" if key == RULE else f"{key}.cut._target_={rule.cut.function.target}"
             raise ConfigError(f"{each} must be a number {interval}, got {value:g}: {name}")
 
 
@@ -235,8 +249,9 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     lines = []
     for key in keys:
-        if is_of_stages(key) and (not readers.is_read(key) or (_is_of_ramp(key) and not _rises(run))):
-            lines.append(f"{key} does nothing: {_why_idle(key, run, readers)}")
+        place = key.replace("/", ".")  # of a group in a group
+        if is_of_stages(key) and (not readers.is_read(place) or (_is_of_ramp(key) and not _rises(run))):
+            lines.append(f"{key} does nothing: {_why_idle(place, run, readers)}")
         elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
         elif key == "model.head" and run.model.head and run.model.weights is None:
@@ -249,7 +264,7 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
 def unread(composed: DictConfig, keys: Collection[str]) -> set[str]:
     """Those of some keys that are of use to stages alone, and that no listed stage of a composed config reads."""
     readers = Readers(OmegaConf.to_container(composed, resolve=False))
-    return {key for key in keys if is_of_stages(key) and not readers.is_read(key)}
+    return {key for key in keys if is_of_stages(key) and not readers.is_read(key.replace("/", "."))}
 
 
 # Keys that are read whatever the stages are; all others are of use to the stages that read them.

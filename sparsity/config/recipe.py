@@ -149,7 +149,7 @@ def _sensitivity(last: float, rule: Rule | None, stage: Listed, ramp: Ramp) -> f
     share = stage.round / stage.rounds
     if ramp.curve == "constant":
         each = last if ramp.start is None else ramp.start
-        is_share = rule is not None and sensitivity_range(rule.rule).high == 1
+        is_share = rule is not None and sensitivity_range(rule).high == 1
         if not is_share:
             return last if share == 1 else each
         risen = 1 - (1 - each) ** stage.round

@@ -16,7 +16,8 @@ from sparsity.models import check_fits
 from sparsity.nodes import sensitivity_range
 from sparsity.population import Population
 from sparsity.stages import Context
-from sparsity.stages.rules import AppliedRule, masks_of, rule_of, thresholds_of
+from sparsity.stages.pruning import scored
+from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, thresholds_of
 from sparsity.stages.training import loss_of, penalty_of
 from sparsity.step import is_finite, try_step
 from sparsity.tensors import from_view, normalised, to_view
@@ -105,17 +106,22 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
                 raise ConfigError(f"{key} must give a scalar, got one of shape {list(value.shape)}")
         if stage.rules:
             rule = rule_of(stage.rules, stage.sensitivities, population)
-            masks = masks_of(population, rule, context.graph.units)
-            thresholds_of(population, rule)
-            for name, mask in masks.items():
-                if mask.dtype is not torch.bool:
-                    key = f"{stage.key('rule')}.rule"
-                    raise ConfigError(f"{key} must give a boolean mask, got {mask.dtype} for {name}")
+            scores = _scored(stage, rule, population, context)
+            masks_of(population, rule, context.graph.units, scores)
+            thresholds_of(population, rule, scores)
     except SparsityError:
         raise
     except Exception as error:  # whatever a custom method may raise
         methods = ", ".join(f"{group}={context.choices.get(group)}" for group in (*SEARCHED, "loss"))
         raise ConfigError(f"{methods}: a method fails on the model: {reason(error)}") from error
+
+
+def _scored(stage: Planned, rule: AppliedRule, population: Population, context: Context) -> Scores:
+    """The scores of a rule by one small batch."""
+    importance = stage.rules[0].importance
+    little = replace(importance, batches=min(1, importance.batches), batch_size=min(2, importance.batch_size))
+    losses = loss_of(stage.losses, population.device)
+    return scored(population.map(torch.Tensor.detach), rule, little, context, losses, context.generators())
 
 
 def _check_budget(stage: Planned, population: Population, context: Context) -> None:
@@ -124,11 +130,12 @@ def _check_budget(stage: Planned, population: Population, context: Context) -> N
     if not stage.rules or not isinstance(budgets, list) or not isinstance(budgets[0], Budget):
         return
     rule, units = rule_of(stage.rules, stage.sensitivities, population), context.graph.units
+    scores = _scored(stage, rule, population, context)
     with torch.no_grad():
         check_reachable(
             population.map(torch.Tensor.detach),
-            lambda numbers: masks_of(population, rule.at(numbers, everywhere=True), units),
-            sensitivity_range(stage.rules[0].rule),
+            lambda numbers: masks_of(population, rule.at(numbers, everywhere=True), units, scores),
+            sensitivity_range(stage.rules[0]),
             budgets,
             context.graph,
         )

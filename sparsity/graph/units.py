@@ -340,6 +340,18 @@ class Units:
                     mask[entry.index[is_silent]] = True
         return found
 
+    def scales_behind(self) -> dict[str, tuple[str, Tensor]]:
+        """By weight, the scale of the normalisation that its outputs go into at once, and each output's entry there."""
+        scales = [node for node in self.nodes if isinstance(node, Scale) and node.factor is not None]
+        found = {}
+        for layer in self.layers:
+            for scale in scales:
+                places = {slot: place for place, slot in enumerate(scale.ins.tolist())}
+                if layer.is_whole and all(slot in places for slot in layer.outs.tolist()):
+                    order = torch.tensor([places[slot] for slot in layer.outs.tolist()])
+                    found[layer.weight] = scale.factor.name, scale.factor.index[order]
+        return found
+
     def fixed_rows(self, weight: str, size: int) -> Tensor:
         """Which rows of a weight no group rule may take: those of outputs, and of units of unknown use; bool [size]."""
         fixed = torch.zeros(self.num_units, dtype=torch.bool)

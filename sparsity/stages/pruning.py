@@ -10,11 +10,14 @@ from torch import Tensor
 from sparsity import nodes
 from sparsity.budgets import Met, Reached, counts, meet
 from sparsity.errors import SparsityError, StageError
+from sparsity.kinds import Range
 from sparsity.limits import Budget, Counts, Limits, part
 from sparsity.nodes import Each, sensitivity_range
 from sparsity.population import Population
 from sparsity.stages.context import MASKED, Context, Outcome
-from sparsity.stages.rules import masks_of, rule_of, stds_of, thresholds_of
+from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, scores_of, stds_of, thresholds_of
+from sparsity.stages.scoring import computed
+from sparsity.step import CROSS_ENTROPY, Loss
 from sparsity.tensors import Tensors, denormals_kept, nonzero
 
 
@@ -32,12 +35,32 @@ def prune(
     """
     pruner = Pruner(rule, sensitivity, budget, population, context)
     masks = pruner.masks(population, 1.0)
+    after = _masked(population, masks)
+    return Outcome(after, (MASKED,), pruner.notes(), errors=pruner.errors())
+
+
+def _masked(population: Population, masks: Tensors) -> Population:
+    """The population with the masks, and zeros where they are 0."""
     parameters = {
         name: torch.where(masks[name], parameter, 0) if name in masks else parameter
         for name, parameter in population.parameters.items()
     }
-    after = replace(population, parameters=parameters, masks=masks)
-    return Outcome(after, (MASKED,), pruner.notes(), errors=pruner.errors())
+    return replace(population, parameters=parameters, masks=masks)
+
+
+def scored(
+    population: Population,
+    rule: AppliedRule,
+    importance: nodes.Importance,
+    context: Context,
+    loss: Loss,
+    generators: Sequence[torch.Generator],
+) -> Scores:
+    """What the parameters score that a rule is applied to, with all that its importance asks for."""
+    asked, names = rule.asks_for, rule.names
+    found = computed(population, names, asked, importance, context, loss, generators) if asked else {}
+    with denormals_kept(), torch.no_grad():
+        return scores_of(population, rule, context.graph.units, found)
 
 
 class Pruner:
@@ -50,11 +73,13 @@ class Pruner:
         budgets: Sequence[Budget | None] | None,
         population: Population,
         context: Context,
+        loss: Loss = CROSS_ENTROPY,
     ):
-        self.context, self.layouts = context, population.layouts
+        self.context, self.layouts, self.loss = context, population.layouts, loss
+        self.importance, self.generators = rules[0].importance, context.generators()
         self.given = list(sensitivities or [None] * len(rules))
         self.rule = rule_of(rules, [number or 0.0 for number in self.given], population)
-        self.interval = sensitivity_range(rules[0].rule)
+        self.interval = sensitivity_range(rules[0])
         self.budgets = [budget for budget in budgets or [] if budget is not None]
         self.masked = tuple(population.masks)
         self.start: list[Counts] = []  # what there was at first
@@ -72,34 +97,43 @@ class Pruner:
 
         What they left out once stays out.
         """
-        with denormals_kept(), torch.no_grad():
-            population = population.map(Tensor.detach)
-            numbers = torch.tensor([number or 0.0 for number in self.given], device=population.device)
-            rule = self.rule.at(numbers * share)
-            if self.budgets:
-                self.met = self._meet(population, share)
-                rule = self.rule.at(self.met.numbers)
-            self.seen = {"stds": stds_of(population), "thresholds": thresholds_of(population, rule)}
-            masks = self._held(population) if self.met else masks_of(population, rule, self.context.graph.units)
-            self.last |= {name: mask & self.last[name] if name in self.last else mask for name, mask in masks.items()}
-            return dict(self.last)
+        population, rounds = population.map(Tensor.detach), self.importance.rounds
+        for number in range(1, rounds + 1):
+            scores = scored(population, self.rule, self.importance, self.context, self.loss, self.generators)
+            with denormals_kept(), torch.no_grad():
+                masks = self._masks(population, scores, share, number / rounds)
+            population = _masked(population, masks)
+        self.last |= {name: mask & self.last[name] if name in self.last else mask for name, mask in masks.items()}
+        return dict(self.last)
 
-    def _meet(self, population: Population, share: float) -> Met:
+    def _masks(self, population: Population, scores: Scores, share: float, of_rounds: float) -> Tensors:
+        """The masks by some scores; of_rounds: the share of the importance's rounds that this one completes."""
+        units = self.context.graph.units
+        numbers = torch.tensor([number or 0.0 for number in self.given], device=population.device) * share
+        rule = self.rule.at(numbers if of_rounds == 1 else _part_of(numbers, of_rounds, self.interval))
+        if self.budgets:
+            self.met = self._meet(population, scores, share, of_rounds)
+            rule = self.rule.at(self.met.numbers)
+        self.seen = {"stds": stds_of(population), "thresholds": thresholds_of(population, rule, scores)}
+        return self._held(population) if self.met else masks_of(population, rule, units, scores)
+
+    def _meet(self, population: Population, scores: Scores, share: float, of_rounds: float) -> Met:
         graph = self.context.graph
         budgets, enough = self.budgets, None
-        if share < 1:
+        if share < 1 or of_rounds < 1:
             if not self.start:
                 with_macs = any(budget.limits_macs for budget in budgets)
                 self.start = counts(population, graph, with_macs=with_macs)
             pairs = list(zip(budgets, self.start))
             budgets = [part(budget, share, start, way="linear") for budget, start in pairs]
+            budgets = [part(budget, of_rounds, start, way="geometric") for budget, start in zip(budgets, self.start)]
             enough = [
                 Limits(*map(_nearly, now.limits(start), budget.limits(start)))
                 for now, (budget, start) in zip(budgets, pairs)
             ]
         return meet(
             population,
-            lambda numbers: masks_of(population, self.rule.at(numbers), graph.units),
+            lambda numbers: masks_of(population, self.rule.at(numbers), graph.units, scores),
             self.interval,
             budgets,
             graph,
@@ -141,6 +175,11 @@ class Pruner:
         if self.met is None:
             return None
         return [None if reached.is_met else StageError(reached.words()) for reached in self.met.reached]
+
+
+def _part_of(numbers: Tensor, share: float, interval: Range) -> Tensor:
+    """A rule's numbers a share of the way; of shares that go, so that as much of the rest goes every time."""
+    return 1 - (1 - numbers) ** share if interval.high == 1 else numbers * share
 
 
 NEARLY = 0.002  # of a budget: what may be left unused on the way to it

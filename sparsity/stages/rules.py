@@ -1,10 +1,9 @@
-"""A pruning rule's masks of a population: what it is applied to, what goes along, what it must leave."""
+"""A pruning rule's masks of a population: importance → unit → cut, what goes along, and what it must leave."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from sparsity.errors import ConfigError
 from sparsity.graph import Units
 from sparsity.nodes import Call
 from sparsity.population import Population, over_members
+from sparsity.pruning.cut import at_least, rounded
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
 
 
@@ -42,12 +42,16 @@ class Pool(NamedTuple):
 class AppliedRule:
     """A pruning rule and what it is applied to; what may differ between members is a tensor [members]."""
 
-    mask: Method  # (weight view, sensitivity=) → mask, or of the whole dict where `whole`
-    cut: Method | None  # the same arguments → the threshold
+    importance: Method  # (weight view, and what it asks for) → scores of entries
+    unit: Method  # (scores) → scores of units, or of all by name where it is coupled
+    cut: Method  # (scores of units, sensitivity=) → threshold, or of all by name where it is whole
     whole: bool
     structural: bool
     pools: list[Pool]
     excluded: frozenset[str] = frozenset()  # names that are not pruned, whatever the rule
+    keep_at_least: float = 0.0
+    round_to: int = 1
+    least: float = 0.0  # what a masked entry scores
 
     @property
     def names(self) -> list[str]:
@@ -57,7 +61,8 @@ class AppliedRule:
     def take(self, members: list[int]) -> "AppliedRule":
         """The rule of some of the members."""
         pools = [pool._replace(sensitivity=pool.sensitivity[members]) for pool in self.pools]
-        return replace(self, mask=self.mask.take(members), cut=self.cut and self.cut.take(members), pools=pools)
+        methods = {name: getattr(self, name).take(members) for name in ("importance", "unit", "cut")}
+        return replace(self, **methods, pools=pools)
 
     def at(self, sensitivity: Tensor, *, everywhere: bool = False) -> "AppliedRule":
         """The rule with another sensitivity [members]; layers that were given their own keep it, or not everywhere."""
@@ -65,6 +70,24 @@ class AppliedRule:
             pool if pool.is_own and not everywhere else pool._replace(sensitivity=sensitivity) for pool in self.pools
         ]
         return replace(self, pools=pools)
+
+    @property
+    def asks_for(self) -> set[str]:
+        """What the importance asks for beside the weight."""
+        return _asked(self.importance) & {*nodes.COMPUTED}
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether its units reach across layers."""
+        return nodes.COUPLING[0] in _asked(self.unit)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the parameters that a rule is applied to score, as views [members, groups, outputs, inputs, positions]."""
+
+    entries: Tensors
+    units: Tensors  # each entry has that of its unit
 
 
 # --- from a config's nodes -------------------------------------------------------------------------------------------
@@ -96,17 +119,39 @@ def rule_of(rules: Sequence[nodes.Rule], sensitivities: Sequence[float], populat
         pool = [name for name in names if owners[name] == owner]
         pools.append(Pool(pool, torch.tensor(numbers, device=device), is_own=owner is not None))
     return AppliedRule(
-        mask=method_of([rule.rule for rule in rules], device),
-        cut=None if first.cut is None else method_of([rule.cut for rule in rules], device),
+        importance=method_of([rule.importance.function for rule in rules], device),
+        unit=method_of([rule.unit.function for rule in rules], device),
+        cut=method_of([rule.cut.function for rule in rules], device),
         whole=first.scope == "network",
         structural=first.structural,
         pools=pools,
         excluded=frozenset(name for name in layouts if any(_is_in(name, layer) for layer in first.exclude)),
+        keep_at_least=first.keep_at_least,
+        round_to=first.round_to,
+        least=-float("inf") if first.importance.of == "entries" else 0.0,
     )
 
 
 def _check_prunes(rule: nodes.Rule, names: list[str]) -> None:
     """Refuses a rule, or a layer's own sensitivity, that would prune nothing."""
+    importance = rule.importance
+    asked = set(inspect.signature(importance.function.function).parameters) & READS
+    if asked and not importance.batches:
+        raise ConfigError(
+            f"prune.importance.batches=0 leaves {importance.function.target.rpartition('.')[2]} nothing to read, which "
+            f"asks for {', '.join(sorted(asked))}: give 1 or more"
+        )
+    if importance.batches and not asked:
+        raise ConfigError(
+            f"prune.importance.batches={importance.batches} does nothing: "
+            f"{importance.function.target.rpartition('.')[2]} reads no images: leave it 0"
+        )
+    if rule.round_to > 1 and not rule.structural:
+        raise ConfigError(f"prune.round_to={rule.round_to} does nothing: the unit is no filter: take prune/unit=filter")
+    if rule.importance.of != "any" and (rule.importance.of == "filters") != rule.structural:
+        name, meant = rule.importance.function.target.rpartition(".")[2], rule.importance.of
+        unit = "prune/unit=filter" if meant == "filters" else "prune/unit=entry"
+        raise ConfigError(f"prune.importance={name} scores {meant} alone: take {unit}")
     if not names:
         raise ConfigError(f"prune.apply_to={rule.apply_to} and prune.exclude={rule.exclude} leave nothing to prune")
     for layer in rule.layers:
@@ -135,26 +180,135 @@ def owner_of(name: str, layers: Mapping[str, float]) -> str | None:
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
-def masks_of(population: Population, rule: AppliedRule, units: Units | None) -> Tensors:
+def scores_of(
+    population: Population, rule: AppliedRule, units: Units | None, computed: Mapping[str, Tensors] | None = None
+) -> Scores:
+    """What the parameters score that the rule is applied to; computed: what its importance asks for, by name."""
+    layouts, names = population.layouts, rule.names
+    parameters = {name: population.parameters[name] for name in names}
+    given = {key: {name: each[name] for name in names} for key, each in (computed or {}).items()}
+    masks = {name: population.masks[name] for name in names if name in population.masks} if given else {}
+    beside = _beside(population, rule, units)
+
+    def one(
+        parameters: Tensors, masks: Tensors, given: dict[str, Tensors], of_importance: Tensors, of_unit: Tensors
+    ) -> tuple[Tensors, Tensors]:
+        views = {name: to_view(parameter, layouts[name]) for name, parameter in parameters.items()}
+        more = {name: {key: each[name] for key, each in given.items()} for name in views}
+        entries = {name: rule.importance.function(view, **more[name], **of_importance) for name, view in views.items()}
+        for name, mask in masks.items():  # what is masked goes before all else, as its 0 does of magnitude
+            entries[name] = torch.where(to_view(mask, layouts[name]), entries[name], rule.least)
+        if rule.is_coupled:
+            return entries, rule.unit.function(entries, **beside, **of_unit)
+        own = {name: {"fixed": beside["fixed"][name]} if name in beside["fixed"] else {} for name in views}
+        return entries, {name: rule.unit.function(each, **own[name], **of_unit) for name, each in entries.items()}
+
+    mapped = over_members(one, population.num_members, (0,) * 5)
+    return Scores(*mapped(parameters, masks, given, rule.importance.numbers, rule.unit.numbers))
+
+
+def _beside(population: Population, rule: AppliedRule, units: Units | None) -> dict[str, Any]:
+    """What a rule's unit is given beside scores: the filters that stay, or which units across layers there are."""
+    if not rule.is_coupled:
+        return {"fixed": _fixed(population, rule, units) if "fixed" in _asked(rule.unit) and units is not None else {}}
+    if units is None:
+        raise ConfigError("prune/unit=coupled needs the units of the network, which are not known: take filter")
+    return _coupling(population, rule.names, units)
+
+
+def _asked(method: Method) -> set[str]:
+    return {*inspect.signature(method.function).parameters}
+
+
+def masks_of(population: Population, rule: AppliedRule, units: Units | None, scores: Scores | None = None) -> Tensors:
     """The mask of every parameter that the rule is applied to: bool [members, *shape]; what was masked stays masked.
 
-    A structural rule leaves the filters alone that are outputs of the network, or whose use is not known.
+    A structural rule leaves the filters alone that are outputs of the network, or whose use is not known. scores: the
+    rule's; None: of an importance that asks for nothing but weights.
     """
     layouts = population.layouts
+    scores = scores_of(population, rule, units) if scores is None else scores
     masks: Tensors = {}
     fixed = _fixed(population, rule, units) if rule.structural and units is not None else {}
-    for pool, views in _applied(rule.mask, population, rule, fixed):
-        for name in pool.names:
-            shape, view = tuple(population.parameters[name].shape[1:]), views[name]
-            if name in fixed:  # of a rule that does not ask which filters stay, too
-                view = view | (view.any(2, keepdim=True).any(4, keepdim=True) & fixed[name][None, :, :, None, None])
-            masks[name] = torch.stack([from_view(each, layouts[name], shape) for each in view])
+    for name, threshold in _thresholds(population, rule, scores).items():
+        shape, found = tuple(population.parameters[name].shape[1:]), scores.units[name]
+        view = found >= (threshold if threshold.ndim == found.ndim else threshold.view(-1, 1, 1, 1, 1))
+        if name in fixed:  # of a unit that does not ask which filters stay, too
+            view = view | (view.any(2, keepdim=True).any(4, keepdim=True) & fixed[name][None, :, :, None, None])
+        masks[name] = torch.stack([from_view(each, layouts[name], shape) for each in view])
     if rule.structural:
         for name, mask in _masks_beside(population, masks, fixed, rule, units).items():
             if name not in rule.excluded:
                 masks[name] = mask & masks[name] if name in masks else mask
     earlier = population.masks
     return {**earlier, **{name: mask & earlier[name] if name in earlier else mask for name, mask in masks.items()}}
+
+
+def _thresholds(population: Population, rule: AppliedRule, scores: Scores) -> Tensors:
+    """The threshold of each parameter [members], at the pools' sensitivities."""
+    layouts, asked = population.layouts, _asked(rule.cut)
+    masks = population.masks if "mask" in asked else {}
+
+    def one(
+        parameters: Tensors, entries: Tensors, units: Tensors, masks: Tensors, sensitivity: Tensor, numbers: Tensors
+    ) -> Tensors:
+        more: dict[str, Tensors] = {name: {} for name in units}
+        for name in more:
+            if "signed" in asked:
+                more[name]["signed"] = entries[name].copysign(to_view(parameters[name], layouts[name]))
+            if name in masks:
+                more[name]["mask"] = to_view(masks[name], layouts[name])
+        if rule.whole:
+            found = rule.cut.function(units, sensitivity=sensitivity, **numbers)
+            found = found if isinstance(found, dict) else dict.fromkeys(units, found)
+        else:
+            found = {
+                name: rule.cut.function(each, sensitivity=sensitivity, **more[name], **numbers)
+                for name, each in units.items()
+            }
+        return {name: _bounded(rule, units[name], threshold) for name, threshold in found.items()}
+
+    mapped = over_members(one, population.num_members, (0,) * 6)
+    found: Tensors = {}
+    for pool in rule.pools:
+        parameters = {name: population.parameters[name] for name in pool.names}
+        entries, units = ({name: each[name] for name in pool.names} for each in (scores.entries, scores.units))
+        own = {name: masks[name] for name in pool.names if name in masks}
+        found |= mapped(parameters, entries, units, own, pool.sensitivity, rule.cut.numbers)
+    return found
+
+
+def _bounded(rule: AppliedRule, scores: Tensor, threshold: Tensor) -> Tensor:
+    """The threshold, lowered where it would leave less of a parameter than the rule lets, or no whole multiple."""
+    if rule.keep_at_least:
+        threshold = torch.minimum(threshold, at_least(scores, rule.keep_at_least))
+    return threshold if rule.round_to == 1 else rounded(scores, threshold, rule.round_to)
+
+
+def _coupling(population: Population, names: Sequence[str], units: Units) -> dict[str, Any]:
+    """Which unit each output [groups · outputs] and each input [groups, inputs] of a weight is of; 0: such stay."""
+    rows, columns = {}, {}
+    stays = torch.zeros(units.num_units, dtype=torch.bool)
+    stays[units.of[torch.cat([units.outputs, units.frozen, units.inputs])]] = True
+    own = torch.where(stays, 0, torch.arange(units.num_units))
+    for layer in units.layers:
+        name = layer.weight
+        if name not in names or population.layouts[name].kind != "weight":
+            continue
+        groups, outputs, inputs, _ = to_view(population.parameters[name][0], population.layouts[name]).shape
+        if (
+            name in rows
+            or not layer.is_whole
+            or len(layer.outs) != groups * outputs
+            or len(layer.ins) != groups * inputs
+        ):
+            rows[name], columns[name] = torch.zeros(groups * outputs).long(), torch.zeros(groups, inputs).long()
+            continue
+        rows[name] = own[units.of[layer.outs]]
+        columns[name] = own[units.of[layer.ins]].view(groups, inputs)
+    device = population.device
+    placed = ({name: each.to(device) for name, each in found.items()} for found in (rows, columns))
+    return dict(zip(nodes.COUPLING, (*placed, units.num_units)))
 
 
 def _fixed(population: Population, rule: AppliedRule, units: Units) -> Tensors:
@@ -167,6 +321,8 @@ def _fixed(population: Population, rule: AppliedRule, units: Units) -> Tensors:
             found[name] = rows.view(shape).to(population.device)
     return found
 
+
+READS = {*nodes.COMPUTED} - {"flow", "noise", "scale"}  # what is computed over batches of train
 
 GO_ALONG = ("weight", "bias", "normalization", "scale")  # kinds of parameters that may go with a filter
 
@@ -200,48 +356,10 @@ def _masks_beside(
     return found
 
 
-def _applied(
-    method: Method, population: Population, rule: AppliedRule, fixed: Mapping[str, Tensor] = MappingProxyType({})
-) -> list[tuple[Pool, Any]]:
-    """A function of views and sensitivity applied to each pool of parameters of every member.
-
-    fixed: by name, filters that stay; of use to a function that asks for them, as the masks of earlier stages are.
-    """
-    layouts, asked = population.layouts, inspect.signature(method.function).parameters
-    masks = population.masks if "mask" in asked else {}
-    fixed = fixed if "fixed" in asked else {}
-
-    def one(parameters: Tensors, masks: Tensors, sensitivity: Tensor, numbers: Tensors) -> Any:
-        views = {name: to_view(parameter, layouts[name]) for name, parameter in parameters.items()}
-        if rule.whole:
-            return method.function(views, sensitivity=sensitivity, **numbers)
-        more: dict[str, Tensors] = {name: {} for name in views}
-        for name in views:
-            more[name] |= {"fixed": fixed[name]} if name in fixed else {}
-            more[name] |= {"mask": to_view(masks[name], layouts[name])} if name in masks else {}
-        return {
-            name: method.function(view, sensitivity=sensitivity, **more[name], **numbers)
-            for name, view in views.items()
-        }
-
-    mapped = over_members(one, population.num_members, (0, 0, 0, 0))
-    found = []
-    for pool in rule.pools:
-        parameters = {name: population.parameters[name] for name in pool.names}
-        own = {name: masks[name] for name in pool.names if name in masks}
-        found.append((pool, mapped(parameters, own, pool.sensitivity, method.numbers)))
-    return found
-
-
-def thresholds_of(population: Population, rule: AppliedRule) -> dict[str, list[float]]:
+def thresholds_of(population: Population, rule: AppliedRule, scores: Scores) -> dict[str, list[float]]:
     """The thresholds that the rule's cut comes to, by parameter, one a member."""
-    if rule.cut is None:
-        return {}
-    return {
-        name: (cuts[name] if isinstance(cuts, dict) else cuts).tolist()
-        for pool, cuts in _applied(rule.cut, population, rule)
-        for name in pool.names
-    }
+    found = _thresholds(population, rule, scores)
+    return {name: threshold.tolist() for name, threshold in found.items() if threshold.ndim == 1}
 
 
 def stds_of(population: Population) -> dict[str, list[float]]:

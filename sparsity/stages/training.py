@@ -56,7 +56,8 @@ def train(
     added = penalty_of(penalty, population) if penalty else None
     loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss)
     num_batches = count_batches(len(context.splits.train), batch_size)
-    pruner = Pruner(rule, sensitivity, budget, held, context) if rule else None
+    minimised = loss_of(loss, population.device)
+    pruner = Pruner(rule, sensitivity, budget, held, context, minimised) if rule else None
     gradual = gradual_of(pruner, curve, every, loop) if pruner else None
     is_compacted = hold == "zeros" and loop.elementwise and gradual is None
     small = (compact if is_compacted else whole)(held, context.splits)
@@ -67,7 +68,7 @@ def train(
             small.splits,
             loop,
             context.generators(),
-            loss=loss_of(loss, population.device),
+            loss=minimised,
             penalty=added,
             select=select and context.stop is None,
             gradual=gradual,

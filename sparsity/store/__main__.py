@@ -31,6 +31,9 @@ class Entry(NamedTuple):
         return self.path.name.partition(".")[0]
 
 
+USUAL = ("magnitude", "entry")  # parts of a rule that go without saying
+
+
 def entries(folder: Path) -> list[Entry]:
     """The stages of a store, the latest used first; damaged files that were set aside among them."""
     found = []
@@ -153,7 +156,9 @@ def _made_of(own: dict[str, Any]) -> list[str]:
     if numbers.get("penalty"):
         words += [_name(numbers["penalty"]["penalty"]), f"decay={numbers['penalty']['decay']:g}"]
     if numbers.get("rule"):
-        words.append(_name(numbers["rule"]["rule"]))
+        rule = numbers["rule"]  # of an earlier version in one part
+        parts = [rule[part]["function"] for part in ("importance", "unit", "cut")] if "unit" in rule else [rule["rule"]]
+        words += [name for name in map(_name, parts) if name not in USUAL]
     words += [f"sensitivity={numbers['sensitivity']:g}"] if "sensitivity" in numbers else []
     words += [
         f"{name}={value:g}" for name, value in (numbers.get("budget") or {}).items() if isinstance(value, int | float)
