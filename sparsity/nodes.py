@@ -51,7 +51,7 @@ Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
 # what an importance may ask for beside the weight: what is computed for it over batches of train, or read off the graph
 COMPUTED = ("gradient", "squared_gradient", "curved_gradient", "curvature", "flow", "input_norm", "noise", "scale")
 ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", positional=1, given=COMPUTED)]
-COUPLING = ("unit_of_rows", "unit_of_columns", "num_units")  # what a unit across layers asks for
+COUPLING = ("unit_of_rows", "num_units")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
 CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]

@@ -34,7 +34,10 @@ def main(*arguments, **environment):
 def test_help_explains_the_groups():
     done = main("--help")
     assert done.returncode == 0
-    for line in ("model: custom, lenet300, lenet5, mlp, torchvision", "prune: group_std, group_threshold, percentile"):
+    for line in (
+        "model: custom, lenet300, lenet5, mlp, resnet20, torchvision",
+        "prune: coupled, group_std, group_threshold",
+    ):
         assert line in done.stdout
 
 

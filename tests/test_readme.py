@@ -43,7 +43,9 @@ def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
 def test_every_choice_is_in_the_table():
     for group in ("model", "data", "reg", "prune", "schedule", "optimizer", "search", "experiment"):
         row = re.search(rf"^\| `{group}` \|([^|]*)\|", README, re.MULTILINE)[1]
-        assert sorted(re.findall(r"`(\w+)`", row)) == sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+        assert sorted(re.findall(r"`(\w+)`", row)) == sorted(
+            path.stem for path in (ROOT / "conf" / group).glob("*.yaml")
+        )
     for part in (ROOT / "conf" / "prune").glob("*/"):
         row = re.search(rf"^\| `prune/{part.name}` \|([^|]*)\|", README, re.MULTILINE)[1]
         assert {path.stem for path in part.glob("*.yaml")} <= {*re.findall(r"`(\w+)`", row)}

@@ -67,12 +67,11 @@ def n_of_m(scores: Tensor, *, n: Annotated[PositiveCount, OWN_SHARE], m: Positiv
     return torch.cat([kept, scores[:, :, whole:]], 2)
 
 
-def coupled(scores: Tensors, *, unit_of_rows: Tensors, unit_of_columns: Tensors, num_units: int) -> Tensors:
+def coupled(scores: Tensors, *, unit_of_rows: Tensors, num_units: int) -> Tensors:
     """Channels with all that can only be removed with them, across layers, scored by all filters that write them.
 
-    Sums, concatenations, splits, grouped and depthwise convolutions tie channels together. unit_of_rows and
-    unit_of_columns: which unit each output [groups · outputs] and each input [groups, inputs] of a weight is of; 0:
-    none, and such stay.
+    Sums, concatenations, splits, grouped and depthwise convolutions tie channels together. unit_of_rows: which unit
+    each output [groups · outputs] of a weight is of; 0: none, and such stay. What reads a channel goes with it.
     """
     first = next(iter(scores.values()))
     tiny = torch.finfo(first.dtype).tiny
@@ -85,12 +84,10 @@ def coupled(scores: Tensors, *, unit_of_rows: Tensors, unit_of_columns: Tensors,
         counts = counts.index_add(0, units, torch.full_like(of_rows, scores[name][0, 0].numel()))
     is_unit = (counts > 0) & (torch.arange(num_units, device=first.device) > 0)
     sizes = torch.where(is_unit, (squares / counts.clamp_min(1)).sqrt() * largest, torch.inf)
-
-    def of_entries(name: str, scores: Tensor) -> Tensor:
-        rows = sizes[unit_of_rows[name]].view(*scores.shape[:2], 1, 1)
-        return torch.minimum(rows, sizes[unit_of_columns[name]][:, None, :, None]).expand_as(scores)
-
-    return {name: of_entries(name, each) if name in unit_of_rows else each for name, each in scores.items()}
+    return {
+        name: sizes[unit_of_rows[name]].view(*each.shape[:2], 1, 1).expand_as(each) if name in unit_of_rows else each
+        for name, each in scores.items()
+    }
 
 
 def _rms(scores: Tensor, axes: tuple[int, ...]) -> Tensor:

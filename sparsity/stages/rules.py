@@ -88,6 +88,35 @@ class Scores:
 
     entries: Tensors
     units: Tensors  # each entry has that of its unit
+    coupling: "Coupling | None" = None
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Which unit each output [groups · outputs] and each input [groups, inputs] of a weight is of; 0: such stay."""
+
+    rows: Tensors
+    columns: Tensors
+    num_units: int
+
+    def together(self, masks: Tensors) -> Tensors:
+        """Masks [members, *view] by which a unit stays, and all that is of it, where one of its writers does."""
+        first = next(iter(masks.values()))
+        stays = torch.ones(len(first), self.num_units, dtype=torch.bool, device=first.device)
+        for units in self.rows.values():
+            stays[:, units] = False
+        for name, units in self.rows.items():
+            written = masks[name].any(4).any(3).flatten(1)
+            stays |= torch.zeros_like(stays, dtype=torch.int32).index_add(1, units, written.int()) > 0
+        stays[:, 0] = True
+
+        def of(name: str, mask: Tensor) -> Tensor:
+            _, groups, outputs, inputs, _ = mask.shape
+            rows = stays[:, self.rows[name]].view(-1, groups, outputs, 1, 1)
+            columns = stays[:, self.columns[name].flatten()].view(-1, groups, 1, inputs, 1)
+            return (rows & columns).expand_as(mask)
+
+        return {name: of(name, mask) if name in self.rows else mask for name, mask in masks.items()}
 
 
 # --- from a config's nodes -------------------------------------------------------------------------------------------
@@ -188,7 +217,8 @@ def scores_of(
     parameters = {name: population.parameters[name] for name in names}
     given = {key: {name: each[name] for name in names} for key, each in (computed or {}).items()}
     masks = {name: population.masks[name] for name in names if name in population.masks} if given else {}
-    beside = _beside(population, rule, units)
+    coupling = _coupling(population, names, units) if rule.is_coupled else None
+    fixed = _fixed(population, rule, units) if "fixed" in _asked(rule.unit) and units is not None else {}
 
     def one(
         parameters: Tensors, masks: Tensors, given: dict[str, Tensors], of_importance: Tensors, of_unit: Tensors
@@ -198,22 +228,15 @@ def scores_of(
         entries = {name: rule.importance.function(view, **more[name], **of_importance) for name, view in views.items()}
         for name, mask in masks.items():  # what is masked goes before all else, as its 0 does of magnitude
             entries[name] = torch.where(to_view(mask, layouts[name]), entries[name], rule.least)
-        if rule.is_coupled:
-            return entries, rule.unit.function(entries, **beside, **of_unit)
-        own = {name: {"fixed": beside["fixed"][name]} if name in beside["fixed"] else {} for name in views}
+        if coupling is not None:
+            given = dict(zip(nodes.COUPLING, (coupling.rows, coupling.num_units)))
+            return entries, rule.unit.function(entries, **given, **of_unit)
+        own = {name: {"fixed": fixed[name]} if name in fixed else {} for name in views}
         return entries, {name: rule.unit.function(each, **own[name], **of_unit) for name, each in entries.items()}
 
     mapped = over_members(one, population.num_members, (0,) * 5)
-    return Scores(*mapped(parameters, masks, given, rule.importance.numbers, rule.unit.numbers))
-
-
-def _beside(population: Population, rule: AppliedRule, units: Units | None) -> dict[str, Any]:
-    """What a rule's unit is given beside scores: the filters that stay, or which units across layers there are."""
-    if not rule.is_coupled:
-        return {"fixed": _fixed(population, rule, units) if "fixed" in _asked(rule.unit) and units is not None else {}}
-    if units is None:
-        raise ConfigError("prune/unit=coupled needs the units of the network, which are not known: take filter")
-    return _coupling(population, rule.names, units)
+    found = mapped(parameters, masks, given, rule.importance.numbers, rule.unit.numbers)
+    return Scores(*found, coupling)
 
 
 def _asked(method: Method) -> set[str]:
@@ -230,9 +253,12 @@ def masks_of(population: Population, rule: AppliedRule, units: Units | None, sco
     scores = scores_of(population, rule, units) if scores is None else scores
     masks: Tensors = {}
     fixed = _fixed(population, rule, units) if rule.structural and units is not None else {}
-    for name, threshold in _thresholds(population, rule, scores).items():
-        shape, found = tuple(population.parameters[name].shape[1:]), scores.units[name]
-        view = found >= (threshold if threshold.ndim == found.ndim else threshold.view(-1, 1, 1, 1, 1))
+    views = {
+        name: scores.units[name] >= threshold.view(-1, 1, 1, 1, 1)
+        for name, threshold in _thresholds(population, rule, scores).items()
+    }
+    for name, view in (views if scores.coupling is None else scores.coupling.together(views)).items():
+        shape = tuple(population.parameters[name].shape[1:])
         if name in fixed:  # of a unit that does not ask which filters stay, too
             view = view | (view.any(2, keepdim=True).any(4, keepdim=True) & fixed[name][None, :, :, None, None])
         masks[name] = torch.stack([from_view(each, layouts[name], shape) for each in view])
@@ -285,8 +311,12 @@ def _bounded(rule: AppliedRule, scores: Tensor, threshold: Tensor) -> Tensor:
     return threshold if rule.round_to == 1 else rounded(scores, threshold, rule.round_to)
 
 
-def _coupling(population: Population, names: Sequence[str], units: Units) -> dict[str, Any]:
-    """Which unit each output [groups · outputs] and each input [groups, inputs] of a weight is of; 0: such stay."""
+def _coupling(population: Population, names: Sequence[str], units: Units | None) -> Coupling:
+    """The units of the network that the named weights write and read; those of outputs and of images are none."""
+    if units is None:
+        raise ConfigError(
+            "prune/unit=coupled needs the units of the network, which are not known: take prune/unit=filter"
+        )
     rows, columns = {}, {}
     stays = torch.zeros(units.num_units, dtype=torch.bool)
     stays[units.of[torch.cat([units.outputs, units.frozen, units.inputs])]] = True
@@ -296,19 +326,15 @@ def _coupling(population: Population, names: Sequence[str], units: Units) -> dic
         if name not in names or population.layouts[name].kind != "weight":
             continue
         groups, outputs, inputs, _ = to_view(population.parameters[name][0], population.layouts[name]).shape
-        if (
-            name in rows
-            or not layer.is_whole
-            or len(layer.outs) != groups * outputs
-            or len(layer.ins) != groups * inputs
-        ):
+        is_plain = layer.is_whole and (len(layer.outs), len(layer.ins)) == (groups * outputs, groups * inputs)
+        if name in rows or not is_plain:  # used twice, or in part
             rows[name], columns[name] = torch.zeros(groups * outputs).long(), torch.zeros(groups, inputs).long()
             continue
         rows[name] = own[units.of[layer.outs]]
         columns[name] = own[units.of[layer.ins]].view(groups, inputs)
     device = population.device
     placed = ({name: each.to(device) for name, each in found.items()} for found in (rows, columns))
-    return dict(zip(nodes.COUPLING, (*placed, units.num_units)))
+    return Coupling(*placed, units.num_units)
 
 
 def _fixed(population: Population, rule: AppliedRule, units: Units) -> Tensors:
@@ -359,7 +385,7 @@ def _masks_beside(
 def thresholds_of(population: Population, rule: AppliedRule, scores: Scores) -> dict[str, list[float]]:
     """The thresholds that the rule's cut comes to, by parameter, one a member."""
     found = _thresholds(population, rule, scores)
-    return {name: threshold.tolist() for name, threshold in found.items() if threshold.ndim == 1}
+    return {name: threshold.tolist() for name, threshold in found.items()}
 
 
 def stds_of(population: Population) -> dict[str, list[float]]:
