@@ -55,6 +55,7 @@ COUPLING = ("unit_of_rows", "num_units")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
 CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]
+AugmentFunction = Annotated[Call, Methods("sparsity.augmentation", positional=2)]
 Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
 StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
 
@@ -137,6 +138,23 @@ class Loss:
     """What training minimises, beside the penalty."""
 
     function: LossFunction
+
+
+@dataclass(frozen=True)
+class Augment:
+    """How images are changed while training."""
+
+    function: AugmentFunction | None  # of images and of numbers drawn for each
+    draws: Count  # how many
+
+
+@dataclass(frozen=True)
+class Average:
+    """The average of weights that a training stage hands back in place of the last ones."""
+
+    kind: Literal["none", "mean", "ema"]
+    start: Annotated[float, Range(0, 1, below=True)]  # share of the stage's epochs after which it begins
+    decay: Annotated[float, Range(0, 1, below=True)]  # of ema, a step
 
 
 @dataclass(frozen=True)

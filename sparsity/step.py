@@ -36,6 +36,8 @@ class Loss:
 
 
 CROSS_ENTROPY = Loss(cross_entropy)
+# float images [n, *shape] and numbers in [0, 1) drawn for each [n, draws] to images, whatever the member
+Augmentation = Callable[[Tensor, Tensor], Tensor]
 
 
 class Step:
@@ -54,6 +56,7 @@ class Step:
         precision: torch.dtype = torch.float32,
         way: Way = "eager",
         loss: Loss = CROSS_ENTROPY,
+        augment: Augmentation | None = None,
     ):
         """population: its parameters are leaves that record gradients; way: how the step is computed.
 
@@ -73,7 +76,7 @@ class Step:
         if not is_elementwise(self.optimizer):
             self.held = {name: moved[name].detach().clone() for name in population.masks if name in moved}
         functions = [
-            _gradients(population, splits, loss, precision, moved),
+            _gradients(population, splits, loss, precision, moved, augment),
             _penalised(population, penalty, moved, self.factors),
             _update(self.optimizer, moved, self.held, population.masks),
         ]
@@ -81,12 +84,20 @@ class Step:
             functions.insert(0, _gathered(self.train))
         self.whole = _replayed(functions, way, population, self.optimizer)
 
-    def batches(self, order: Tensor, batch_size: int) -> Iterator[tuple[Tensor, ...]]:
-        """The arguments of every step of an epoch, in the members' orders [members, n]."""
+    def batches(self, order: Tensor, batch_size: int, drawn: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
+        """The arguments of every step of an epoch, in the members' orders [members, n].
+
+        drawn: numbers to augment images by, [members, n, draws] in the same order.
+        """
         if self.gathers:
-            yield from ((index,) for index in cut(order.to(self.device), batch_size))
+            found = ((index,) for index in cut(order.to(self.device), batch_size))
         else:
-            yield from ((batch.images, batch.labels) for batch in self.train.batches(order, batch_size))
+            found = ((batch.images, batch.labels) for batch in self.train.batches(order, batch_size))
+        start = 0
+        for batch in found:
+            end = start + batch[-1].shape[1]
+            yield batch if drawn is None else (*batch, drawn[:, start:end].to(self.device))
+            start = end
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         """Takes the step on one batch."""
@@ -159,14 +170,26 @@ def leaves(population: Population) -> Population:
 
 def _gathered(train: Images) -> Function:
     """An index [members, batch] to its images and labels."""
-    return lambda index: [select(train.images, index), train.labels[index]]
+    return lambda index, *drawn: [select(train.images, index), train.labels[index], *drawn]
 
 
-def _gradients(population: Population, splits: Splits, loss: Loss, precision: torch.dtype, moved: Tensors) -> Function:
-    """Images and labels [members, batch, …] to the members' losses [members] and their gradients."""
+def _gradients(
+    population: Population,
+    splits: Splits,
+    loss: Loss,
+    precision: torch.dtype,
+    moved: Tensors,
+    augment: Augmentation | None,
+) -> Function:
+    """Images and labels [members, batch, …] to the members' losses [members] and their gradients.
+
+    Images are augmented before, by the numbers drawn for each.
+    """
     losses_of_batch = losses_of(population, splits, loss, precision)
 
-    def gradients(images: Tensor, labels: Tensor) -> list[Tensor]:
+    def gradients(images: Tensor, labels: Tensor, *drawn: Tensor) -> list[Tensor]:
+        if augment is not None:
+            images = augmented(augment, images, *drawn)
         with torch.enable_grad():
             losses = losses_of_batch(population.buffers, images, labels)
             # no member's gradient depends on another's loss
@@ -217,6 +240,14 @@ def _update(optimizer: torch.optim.Optimizer, moved: Tensors, held: Tensors, mas
         return [rows]
 
     return update
+
+
+def augmented(augment: Augmentation, images: Tensor, drawn: Tensor) -> Tensor:
+    """Images [members, batch, *shape] changed by numbers [members, batch, draws]; float, and as bright as before."""
+    whole = 255.0 if images.dtype is torch.uint8 else 1.0
+    with torch.no_grad():
+        found = augment(images.flatten(0, 1).float(), drawn.flatten(0, 1))
+        return found.unflatten(0, images.shape[:2]) / whole
 
 
 BEGINS = {"step_size": "lr", "sum": "initial_accumulator_value"}  # what else than 0 a state begins as: Rprop, Adagrad

@@ -12,8 +12,9 @@ from sparsity.capture import Way
 from sparsity.data import Splits, count_batches
 from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
+from sparsity.nodes import Average
 from sparsity.population import Population, choose
-from sparsity.step import CROSS_ENTROPY, Loss, Penalty, Step, cuda_devices, leaves
+from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Penalty, Step, cuda_devices, leaves
 from sparsity.tensors import Tensors
 
 
@@ -28,6 +29,9 @@ class Loop:
     precision: torch.dtype = torch.float32
     way: Way = "eager"  # how a step is computed: the same numbers up to rounding
     elementwise: bool = True  # whether the optimizer moves every entry by its own gradients alone
+    augment: Augmentation | None = None
+    draws: int = 0  # numbers that are drawn for each image of an epoch, to augment it by
+    average: Average | None = None  # measured and handed back in place of the last weights
     image_bytes: int = 0  # what evaluating one image of one member takes; 0: no bound
 
 
@@ -116,9 +120,11 @@ def train(
     if gradual is not None:
         check_gradual(loop, num_batches, gradual, stop=stop if select else None)
     population = leaves(population if gradual is None else _maskable(population, gradual.names))
-    step = Step(population, splits, penalty, loop.optimizer, precision=loop.precision, way=loop.way, loss=loss)
+    how = {"precision": loop.precision, "way": loop.way, "augment": loop.augment}
+    step = Step(population, splits, penalty, loop.optimizer, loss=loss, **how)
     masking = _Masking(gradual, step, loop.epochs * num_batches)
     masking.after(0)
+    averaging = _Averaging(loop, population, loop.epochs * num_batches)
     memory = _Memory(population, select and splits.validation is not None)
     at_once = images_at_once(population, loop.batch_size, loop.image_bytes)
     if select:
@@ -129,9 +135,10 @@ def train(
         torch.manual_seed(generators[0].initial_seed())
         for epoch in range(1, (loop.epochs if stop is None else stop) + 1):
             start = time.perf_counter()
-            sums = _run_epoch(epoch, population, loop, generators, step, masking, watcher)
-            row = _measure(epoch, population, splits, start, at_once, test=select, sums=sums, lr=step.rate)
-            memory.add(row, population, watcher, may_select=masking.is_final)
+            sums = _run_epoch(epoch, population, loop, generators, step, masking, averaging, watcher)
+            found = averaging.after_epoch()
+            row = _measure(epoch, found, splits, start, at_once, test=select, sums=sums, lr=step.rate)
+            memory.add(row, found, watcher, may_select=masking.is_final)
             if memory.all_diverged:
                 break
     return memory.trained()
@@ -189,6 +196,47 @@ class _Masking:
         self.is_final = share == 1.0
 
 
+class _Averaging:
+    """Remembers the average of a population's weights, and of the statistics of its normalisations."""
+
+    def __init__(self, loop: Loop, population: Population, num_steps: int):
+        self.average = None if loop.average is None or loop.average.kind == "none" else loop.average
+        self.population, self.num_done, self.count = population, 0, 0
+        self.start = round(self.average.start * num_steps) if self.average else num_steps
+        self.kept: Population | None = None
+
+    def after_step(self) -> None:
+        """Takes the weights after a step into the average, if it forgets by steps and has begun."""
+        self.num_done += 1
+        if self.average is not None and self.average.kind == "ema" and self.num_done > self.start:
+            self._take(1 - self.average.decay)
+
+    def after_epoch(self) -> Population:
+        """The population to be measured: the average once it has begun, masked as the weights are now."""
+        if self.average is None or self.num_done <= self.start:
+            return self.population
+        if self.average.kind == "mean":
+            self._take(1 / (self.count + 1))
+        masks = self.population.masks
+        held = {name: p * masks[name] if name in masks else p for name, p in self.kept.parameters.items()}
+        return replace(self.kept, parameters=held, masks=masks)
+
+    @torch.no_grad()
+    def _take(self, share: float) -> None:
+        """Moves the average a share of the way to the weights as they are; all the way the first time."""
+        self.count += 1
+        if self.kept is None:
+            self.kept = self.population.clone()
+            return
+        for part in ("parameters", "buffers"):
+            kept, now = getattr(self.kept, part), getattr(self.population, part)
+            for name, tensor in kept.items():
+                if tensor.is_floating_point():
+                    tensor.lerp_(now[name], share)
+                else:
+                    tensor.copy_(now[name])
+
+
 def _run_epoch(
     epoch: int,
     population: Population,
@@ -196,6 +244,7 @@ def _run_epoch(
     generators: list[torch.Generator],
     step: Step,
     masking: _Masking,
+    averaging: "_Averaging",
     watcher: Watcher,
 ) -> Tensor:
     """One pass over train, every member in an order of its own; mean loss, penalty and objective [3, members]."""
@@ -204,12 +253,19 @@ def _run_epoch(
     order = torch.stack([torch.randperm(num_images, generator=generator) for generator in generators])
     sums = torch.zeros(3, population.num_members, device=population.device)
     num_batches = count_batches(num_images, loop.batch_size)
-    for index, batch in enumerate(step.batches(order, loop.batch_size)):
+    drawn = _drawn(generators, num_images, loop.draws) if loop.augment else None
+    for index, batch in enumerate(step.batches(order, loop.batch_size, drawn)):
         step.rate = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)
         sums += step(*batch) * batch[-1].shape[1]
         masking.after((epoch - 1) * num_batches + index + 1)
+        averaging.after_step()
         watcher.batch()
     return sums / num_images
+
+
+def _drawn(generators: list[torch.Generator], num_images: int, draws: int) -> Tensor:
+    """Numbers in [0, 1) of every member's own: [members, images, draws]."""
+    return torch.stack([torch.rand(num_images, draws, generator=generator) for generator in generators])
 
 
 def _measure(

@@ -216,6 +216,13 @@ def test_settings_that_do_nothing_are_named():
     assert idle("recipe=magnitude", "reg=l1") == [
         "reg does nothing: stages=[pretrain,prune,finetune] has no regularize"
     ]
+    assert idle("average.start=0.5") == ["average.start=0.5 does nothing: average.kind=none: take mean or ema"]
+    assert idle("average.kind=mean", "average.decay=0.5") == [
+        "average.decay=0.5 does nothing: average.kind=mean: take ema"
+    ]
+    assert idle("prune/importance=random", "stages=[pretrain]") == [
+        "prune/importance does nothing: stages=[pretrain] has no prune"
+    ]
     assert idle("rounds=2") == ["rounds does nothing: no stage of recipe=standard reads it"]
     assert idle("ramp.curve=linear") == [
         "ramp.curve does nothing: stages=[pretrain,regularize,prune,finetune] repeats nothing that prunes"

@@ -11,6 +11,7 @@ from sparsity import training
 from sparsity.data import Images, Splits
 from sparsity.evaluation import evaluate
 from sparsity.models import build
+from sparsity.nodes import Average
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages.training import total_penalty
@@ -342,3 +343,52 @@ def test_what_cannot_be_mapped_over_members_is_found_out():
     try_step(stack(members[:1]), splits(), torch.float32)
     with pytest.raises(RuntimeError):
         try_step(stack(members), splits(), torch.float32)
+
+
+def averaged(kind, start=0.0, decay=0.9, epochs=3, **more):
+    plan = replace(loop(epochs), average=Average(kind, start, decay))
+    return train(stack([network()]), splits(), plan, generators(0), **more)
+
+
+def test_the_mean_is_that_of_the_weights_after_each_of_the_last_epochs():
+    each = [train(stack([network()]), splits(), loop(4), generators(0), stop=stop).last for stop in range(1, 5)]
+    found = averaged("mean", start=0.5, epochs=4).last
+    for key, value in found.parameters.items():
+        torch.testing.assert_close(value, (each[2].parameters[key] + each[3].parameters[key]) / 2)
+    key = next(key for key, buffer in found.buffers.items() if buffer.is_floating_point())
+    torch.testing.assert_close(found.buffers[key], (each[2].buffers[key] + each[3].buffers[key]) / 2)
+
+
+def test_an_average_that_forgets_is_moved_at_every_step(monkeypatch):
+    seen, run = [], training._run_epoch
+    monkeypatch.setattr(
+        training._Averaging, "after_step",
+        lambda self, plain=training._Averaging.after_step: (
+            seen.append({name: p.detach().clone() for name, p in self.population.parameters.items()}), plain(self)
+        ),
+    )  # fmt: skip
+    found = averaged("ema", decay=0.7, epochs=2).last
+    expected = seen[0]
+    for now in seen[1:]:
+        expected = {name: 0.7 * value + 0.3 * now[name] for name, value in expected.items()}
+    assert len(seen) == 8 and run is training._run_epoch
+    for key, value in found.parameters.items():
+        torch.testing.assert_close(value, expected[key])
+
+
+def test_training_goes_on_from_the_weights_and_not_from_their_average():
+    plain = train(stack([network()]), splits(), loop(3), generators(0))
+    found = averaged("mean", start=0.5)
+    assert [row.loss for row in found.history] == [row.loss for row in plain.history]
+    assert not torch.equal(next(iter(found.last.parameters.values())), next(iter(plain.last.parameters.values())))
+
+
+def test_what_is_masked_has_an_average_of_zero():
+    population = stack([network()])
+    masks = {name: torch.rand(p.shape) < 0.5 for name, p in population.parameters.items() if p.ndim > 2}
+    parameters = {name: p * masks[name] if name in masks else p for name, p in population.parameters.items()}
+    population = replace(population, parameters=parameters, masks=masks)
+    plan = replace(loop(3), average=Average("ema", 0.0, 0.9))
+    found = train(population, splits(), plan, generators(0), select=True)
+    for state in (found.last, found.selected):
+        assert all(not state.parameters[name][~mask].any() for name, mask in masks.items())

@@ -254,6 +254,10 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
             lines.append(f"{key} does nothing: {_why_idle(place, run, readers)}")
         elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
+        elif key == "average.start" and run.average.kind == "none":
+            lines.append(f"average.start={run.average.start:g} does nothing: average.kind=none: take mean or ema")
+        elif key == "average.decay" and run.average.kind != "ema":
+            lines.append(f"average.decay={run.average.decay:g} does nothing: average.kind={run.average.kind}: take ema")
         elif key == "model.head" and run.model.head and run.model.weights is None:
             lines.append("model.head=new does nothing: without model.weights=FILE every layer is drawn anew")
         elif key == "data.validation_seed" and not run.data.validation:

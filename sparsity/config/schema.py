@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from sparsity.front import OBJECTIVES
 from sparsity.kinds import NonNegative, Positive, PositiveCount, Range, Seed
 from sparsity.limits import Budget
-from sparsity.nodes import Call, Factory, Loader, Loss, Optimizer, Regularizer, Rule, StageSchedule
+from sparsity.nodes import Augment, Average, Call, Factory, Loader, Loss, Optimizer, Regularizer, Rule, StageSchedule
 
 Objectives = list[Literal[tuple(OBJECTIVES)]]
 
@@ -77,6 +77,8 @@ class Run:
     prune: Rule
     schedule: Schedule
     loss: Loss
+    augment: Augment
+    average: Average
     optimizer: Optimizer
     stages: list[Any]  # as they are listed: names, and repeats of names
     recipe: list[Stage]  # the same in order, each with all that determines it

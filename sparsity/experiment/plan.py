@@ -119,7 +119,7 @@ class Planned:
         given = self.arguments
         if self.schedule is None or not {"batch_size", "optimizer"} <= given.keys():
             return None
-        numbers = given["batch_size"], given["optimizer"], self.regularizers, self.losses
+        numbers = given["batch_size"], given["optimizer"], self.regularizers, self.losses, given.get("augment")
         return loop_of(population, context, self.schedule, *numbers)
 
 

@@ -1,6 +1,7 @@
 """The stage that trains: every training stage of a recipe is this one, with other arguments."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsity import nodes
+from sparsity.augmentation import check_augmentation
 from sparsity.capture import Way, is_known
 from sparsity.compaction import compact, whole
 from sparsity.data import count_batches
@@ -35,6 +37,8 @@ def train(
     batch_size: PositiveCount,
     optimizer: Optimizer,
     loss: Each[nodes.Loss] | None = None,
+    augment: nodes.Augment | None = None,
+    average: nodes.Average | None = None,
     penalty: Each[Regularizer] | None = None,
     hold: Hold = "masks",
     select: bool = False,
@@ -46,20 +50,22 @@ def train(
 ) -> Outcome:
     """Every member trained by loss + decay · penalty; what is held at zero takes no part in it.
 
-    loss: cross-entropy where none is given. hold: what stays at zero, as `holding` says; whatever is dead by that is
-    left out of the computation, unless the optimizer makes entries depend on each other. select: hands back the epoch
-    with the best validation accuracy, the earliest of equals, the state before the first one among them; else the
+    loss: cross-entropy where none is given. augment: how images are changed, each time anew. average: of the weights,
+    in place of the last ones. hold: what stays at zero, as `holding` says; whatever is dead by that is left out of the
+    computation, unless images are augmented or the optimizer makes entries depend on each other. select: hands back the
+    epoch with the best validation accuracy, the earliest of equals, the state before the first one among them; else the
     last. rule: prunes meanwhile, `every` so many steps, by a number or to a budget that rises along a curve; only what
     has all of it is selected.
     """
     held = holding(population, hold, context.graph.units)
     added = penalty_of(penalty, population) if penalty else None
-    loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss)
+    loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss, augment)
+    loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
     minimised = loss_of(loss, population.device)
     pruner = Pruner(rule, sensitivity, budget, held, context, minimised) if rule else None
     gradual = gradual_of(pruner, curve, every, loop) if pruner else None
-    is_compacted = hold == "zeros" and loop.elementwise and gradual is None
+    is_compacted = hold == "zeros" and loop.elementwise and gradual is None and loop.augment is None
     small = (compact if is_compacted else whole)(held, context.splits)
     watcher = context.watch(context.stage, loop, len(context.splits.train))
     try:
@@ -145,10 +151,16 @@ def loop_of(
     optimizer: Call,
     penalty: Sequence[Regularizer] | None = None,
     losses: Sequence[nodes.Loss] | None = None,
+    augment: nodes.Augment | None = None,
 ) -> Loop:
     """The loop of a stage; refuses an optimizer that refuses its settings."""
     added = [each.penalty.target for each in (penalty or [])[:1] if each.penalty is not None]
+    changing = None if augment is None else augment.function
+    if changing is not None:
+        name = str(context.choices.get("augment"))
+        check_augmentation(changing.partial(), augment.draws, context.splits.input_shape, name)
     targets = [context.model, optimizer.target, *added, *(each.function.target for each in (losses or [])[:1])]
+    targets += [] if changing is None else [changing.target]
     made = partial(_optimizer, optimizer, schedule.lr, schedule.weight_decay)
     tried = _tried(made, context)
     num_steps = schedule.epochs * count_batches(len(context.splits.train), batch_size)
@@ -160,6 +172,8 @@ def loop_of(
         precision=context.precision,
         way=way_of(context, population, num_steps, targets, bool(added)),
         elementwise=is_elementwise(tried),
+        augment=changing and changing.partial(),
+        draws=augment.draws if changing is not None else 0,
         image_bytes=context.image_bytes,
     )
 
