@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import epochs, finetune, gpu, machine, populations, recipes, startup
+from benchmarks import epochs, finetune, gpu, machine, methods, populations, recipes, startup
 from benchmarks.floor import Rates
 from benchmarks.report import Report
 from benchmarks.subjects import NETWORKS, Setting
@@ -21,6 +21,7 @@ Part = Callable[[Setting, Report, Rates], None]
 PARTS: dict[str, Part] = {
     "epochs": epochs.measure,
     "finetune": finetune.measure,
+    "methods": methods.measure,
     "populations": populations.measure,
     "recipes": recipes.measure,
     "startup": startup.measure,
