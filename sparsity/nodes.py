@@ -84,6 +84,7 @@ class Regularizer:
     apply_to: Kinds
     weight_decay: NonNegative
     search: dict[str, str] = field(default_factory=dict)  # ranges that a search draws from
+    rise: Annotated[float, Range(0, 1)] = 0.0  # share of the stage's steps over which the decay rises from 0, evenly
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,13 @@ class Penalty:
     function: Callable[..., Tensor]  # one member's parameters, and its numbers by keyword, to a scalar
     decay: Tensor
     numbers: Tensors
+    rise: Tensor | None = None  # the share in [0, 1] of training over which the decay rises from 0; None: it is there
+
+    def decay_at(self, progress: float) -> Tensor:
+        """The decay [members] after a share of training."""
+        if self.rise is None:
+            return self.decay
+        return self.decay * torch.where(self.rise > 0, progress / self.rise, 1).clamp(max=1)
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,10 @@ class Step:
         Only the parameters that the population has masks for can be masked; gradients of others are not multiplied.
         """
         self.population, self.train, self.device = population, splits.train, population.device
+        self.penalty = penalty
+        if penalty is not None and penalty.rise is not None:  # state of the step, as masks are
+            penalty = replace(penalty, decay=penalty.decay.clone(), rise=None)
+        self.decay = None if penalty is None else penalty.decay
         self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
         moved = _moved(population, splits, penalty, loss, precision)
         self.optimizer = optimizer(list(moved.values()))
@@ -120,6 +131,11 @@ class Step:
             _forget(self.optimizer, parameter, ~stays)
             if name in self.held:
                 self.held[name].copy_(parameter)
+
+    def strengthen(self, progress: float) -> None:
+        """Sets the penalty's decay to what it is after a share of training, where it rises."""
+        if self.penalty is not None and self.penalty.rise is not None:
+            self.decay.copy_(self.penalty.decay_at(progress))
 
     @property
     def rate(self) -> float:

@@ -255,7 +255,9 @@ def _run_epoch(
     num_batches = count_batches(num_images, loop.batch_size)
     drawn = _drawn(generators, num_images, loop.draws) if loop.augment else None
     for index, batch in enumerate(step.batches(order, loop.batch_size, drawn)):
-        step.rate = loop.learning_rate((epoch - 1 + index / num_batches) / loop.epochs)
+        progress = (epoch - 1 + index / num_batches) / loop.epochs
+        step.rate = loop.learning_rate(progress)
+        step.strengthen(progress)
         sums += step(*batch) * batch[-1].shape[1]
         masking.after((epoch - 1) * num_batches + index + 1)
         averaging.after_step()

@@ -15,7 +15,7 @@ from sparsity.nodes import Average
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages.training import total_penalty
-from sparsity.step import Penalty, try_step
+from sparsity.step import Loss, Penalty, try_step
 from sparsity.training import Loop, train
 
 
@@ -392,3 +392,21 @@ def test_what_is_masked_has_an_average_of_zero():
     found = train(population, splits(), plan, generators(0), select=True)
     for state in (found.last, found.selected):
         assert all(not state.parameters[name][~mask].any() for name, mask in masks.items())
+
+
+@pytest.mark.parametrize("way", ["eager", "recorded", "compiled"])
+def test_a_decay_rises_from_nothing_over_its_share_of_training(way):
+    """Of a penalty that is the sum of the weights: plain descent moves each weight by rate · decay a step."""
+    population = linear(3)
+    names = ["1.weight"]
+    function = total_penalty(lambda view: view.sum(), population.layouts, names)
+    decay, rise = torch.tensor([0.1, 0.1, 0.1]), torch.tensor([0.0, 0.5, 1.0])
+    plan = replace(loop(2, optimizer=torch.optim.SGD, fused=True), way=way)
+    none = Loss(lambda outputs, labels: outputs.sum() * 0)
+    penalty = Penalty(function, decay, {}, rise)
+    trained = train(population, splits(), plan, generators(0, 1, 2), loss=none, penalty=penalty)
+    moved = (population.parameters["1.weight"] - trained.last.parameters["1.weight"]).mean((1, 2))
+    steps = torch.arange(8) / 8  # the share of training before each of eight steps
+    shares = torch.stack([torch.ones(8), (steps / 0.5).clamp(max=1), steps]).sum(1)
+    torch.testing.assert_close(moved, 0.1 * 1e-2 * shares, rtol=1e-3, atol=1e-7)
+    assert decay.tolist() == pytest.approx([0.1] * 3)

@@ -130,7 +130,9 @@ def penalty_of(regularizers: Sequence[Regularizer], population: Population) -> P
         raise ConfigError(f"reg.apply_to={first.apply_to}: the model has no such parameters")
     method = method_of([each.penalty for each in regularizers], device)
     decay = torch.tensor([each.decay for each in regularizers], device=device)
-    return Penalty(total_penalty(method.function, layouts, names), decay, method.numbers)
+    rises = [each.rise for each in regularizers]
+    rise = torch.tensor(rises, device=device) if any(rises) else None
+    return Penalty(total_penalty(method.function, layouts, names), decay, method.numbers, rise)
 
 
 def total_penalty(function: Callable[..., Tensor], layouts: dict[str, Layout], names: list[str]) -> Callable[..., Any]:
