@@ -125,7 +125,7 @@ def shipped_rule(*overrides: str) -> tuple:
     from sparsity import config
 
     name, *others = overrides
-    run = config.read(config.compose([f"prune={name}", *others])[0])
+    run = config.read(compose([f"prune={name}", *others])[0])
     return run.sensitivity, run.prune
 
 

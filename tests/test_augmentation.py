@@ -141,6 +141,7 @@ def test_vectors_cannot_be_augmented():
         augmentation.check_augmentation(partial(digits), 36, (7,), "digits")
 
 
+@pytest.mark.slow
 def test_a_run_names_its_augmentation(request):
     result = request.getfixturevalue("run")("augment=digits", "model=lenet5")
     assert result["name"]["augment"] == "digits" and result["accuracy"]["final"]["test"] > 0.5

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import sample_networks
 import torch
+from conftest import slow
 
 from sparsity import training
 from sparsity.data import Images, Splits
@@ -394,7 +395,7 @@ def test_what_is_masked_has_an_average_of_zero():
         assert all(not state.parameters[name][~mask].any() for name, mask in masks.items())
 
 
-@pytest.mark.parametrize("way", ["eager", "recorded", "compiled"])
+@pytest.mark.parametrize("way", ["eager", "recorded", *slow("compiled")])
 def test_a_decay_rises_from_nothing_over_its_share_of_training(way):
     """Of a penalty that is the sum of the weights: plain descent moves each weight by rate · decay a step."""
     population = linear(3)
