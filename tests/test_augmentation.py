@@ -91,11 +91,11 @@ def test_brightness_and_shape_stay(name, channels):
     assert float((found - 200 / 255).abs().flatten(2).median(2).values.amax()) < 1e-5
 
 
-def run(name, members, seeds, way="eager", epochs=2):
+def run(name, members, seeds, way="eager", epochs=2, device="cpu"):
     node = shipped(name)
     plan = replace(loop(epochs, optimizer=torch.optim.SGD, fused=True), way=way)
     plan = replace(plan, augment=node.function.partial(), draws=node.draws)
-    return train(stack(members), splits(), plan, generators(*seeds))
+    return train(stack(members, device), splits().to(device), plan, generators(*seeds))
 
 
 @pytest.mark.parametrize("name", NAMES)

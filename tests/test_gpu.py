@@ -7,6 +7,8 @@ from functools import partial
 import pytest
 import torch
 from conftest import choices
+from test_augmentation import run as augmented
+from test_rules import FOR_FILTERS, IMPORTANCES, UNITS
 from test_step import check_same, trained
 from test_training import generators, linear, loop, network, splits
 
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 GPU = "cuda:0"
+WAYS = ("eager", "recorded")
 
 
 @pytest.fixture(autouse=True)
@@ -141,10 +144,34 @@ def test_every_rule_leaves_there_about_what_it_leaves_here(prune, captures, run)
     assert there["nonzero"]["weights"] == pytest.approx(here["nonzero"]["weights"], rel=0.02)
 
 
-@pytest.mark.parametrize("prune", choices("prune"))
+@pytest.mark.parametrize("prune", [name for name in choices("prune") if name != "n_of_m"])
 def test_a_budget_is_met_there(prune, captures):
     result = captures("budget.compression=10", f"prune={prune}", "recipe=magnitude")
     assert result["compression"]["weights"] >= 10
+
+
+@pytest.mark.parametrize("name", [name for name in IMPORTANCES if name not in FOR_FILTERS])
+def test_every_importance_scores_there(name, captures):
+    result = captures("prune=percentile", f"prune/importance={name}", "recipe=magnitude", "budget.compression=5")
+    assert result["compression"]["weights"] == pytest.approx(5, rel=1e-3)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_every_unit_goes_there(unit, captures):
+    result = captures("prune=percentile", f"prune/unit={unit}", "model=lenet5", "sensitivity=0.5")
+    assert result["compression"]["weights"] > 1.2
+
+
+@pytest.mark.parametrize("name", [name for name in choices("augment") if name != "none"])
+def test_a_captured_step_augments_anew(name, captured, caplog):
+    results = [augmented(name, [network(seed=seed) for seed in range(2)], range(2), way, 4, GPU) for way in WAYS]
+    assert captured and "cannot be recorded" not in caplog.text
+    check_same(*results)
+
+
+def test_a_decay_that_rises_and_weights_that_are_averaged(captures):
+    one, other = (captures("reg.rise=0.5", "average.kind=ema", "augment=digits", "model=lenet5") for _ in range(2))
+    assert one["accuracy"] == other["accuracy"] and one["accuracy"]["final"]["test"] > 0.5
 
 
 def test_a_run_repeats_there_bit_for_bit(captures):

@@ -434,9 +434,7 @@ def test_every_combination_prunes_members_together_as_alone(names):
         assert 0 < sum(int(mask.sum()) for mask in together.values()) < sum(mask.numel() for mask in together.values())
 
 
-@pytest.mark.parametrize(
-    "name", some_slow(IMPORTANCES, *(name for name in IMPORTANCES if name != "geometric_median"))
-)
+@pytest.mark.parametrize("name", some_slow(IMPORTANCES, *(name for name in IMPORTANCES if name != "geometric_median")))
 def test_every_importance_meets_a_budget(name, run):
     if name in FOR_FILTERS:
         budgets = [Budget(compression=1.5)]
