@@ -42,7 +42,7 @@ def measure(setting: Setting, report: Report) -> None:
         _convolutions(setting, report, device)
     if not setting.quick:
         populations.measure(setting, report, machine.measure(replace(setting, quick=True), report, device))
-    _tests(setting, report)
+        _tests(report)
 
 
 # --- equal results ---------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _convolutions(setting: Setting, report: Report, device: torch.device) -> Non
                 right = _one_by_one(images.double(), weights.double())
             slopes = torch.randn(right.shape, device=device)
             for way, function in WAYS.items():
-                for tf32 in (False, True):
+                for tf32 in (False,) if setting.quick else (False, True):
                     title = f"{name} × {size}, {way}"
                     _convolution(report, setting, title, function, (images, weights), right, slopes, tf32)
 
@@ -210,11 +210,10 @@ def _captured(function: Callable[[], object], device: torch.device) -> Callable[
 # --- the tests -------------------------------------------------------------------------------------------------------
 
 
-def _tests(setting: Setting, report: Report) -> None:
+def _tests(report: Report) -> None:
     """How many tests marked `gpu` fail."""
     report.heading("pytest -m gpu")
-    processes = "0" if setting.quick else "4"
-    options = ["-m", "gpu", "-n", processes, "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    options = ["-m", "gpu", "-n", "4", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     command = [sys.executable, "-m", "pytest", *options, str(TESTS / "test_gpu.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     print(done.stdout[-6000:], done.stderr[-2000:])

@@ -32,13 +32,16 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
     """An epoch with each method, against one without, and the time of scoring in steps."""
     network = "lenet300"
     report.heading(f"methods on {network}; ratio: to what the target says")
-    kinds = {name: (epochs, setting, network, name) for name in ("plain", "augment=digits", "masked", "gradual")}
+    trained = ("plain", "augment=digits", "masked", "gradual")[: 2 if setting.quick else None]
+    kinds = {name: (epochs, setting, network, name) for name in trained}
     kinds |= {name: (scoring, setting, network, name) for name in SCORES[: 1 if setting.quick else None]}
     turns = Turns(kinds, setting.rounds)
-    for name in ("plain", "augment=digits", "masked", "gradual"):
+    for name in trained:
         seconds = setting.per_epoch(turns.median(name))
         report.add(Figure(PART, f"{name}, an epoch", seconds, "s / 60,000 images", details={"all": turns.all(name)}))
     for name, (other, most) in MOST.items():
+        if name not in trained:
+            continue
         report.add(Figure(PART, f"{name} / {other}", turns.ratio(name, other), "×", target=Target(most)))
     for name in SCORES[: 1 if setting.quick else None]:
         steps = turns.ratio(name, "plain") * setting.steps

@@ -17,7 +17,7 @@ REGULARIZERS = some_slow(choices("reg"), "none", "l1", "hoyer", "hs", "group_las
 SMALL = ("data=digits", "schedule=smoke", "plots=false", "store=null", "precision=float32")
 SMOOTH = (*SMALL, "optimizer=sgd")
 SMOOTH += tuple(f"schedule.{stage}.lr=0.05" for stage in ("pretrain", "regularize", "finetune"))
-HIGH = {"percentile": 0.9, "threshold": 0.02, "group_threshold": 0.02}
+HIGH = {"percentile": 0.9, "coupled": 0.3, "threshold": 0.02, "group_threshold": 0.02}
 
 
 def members(tmp_path, name, *overrides):
@@ -41,7 +41,7 @@ def members(tmp_path, name, *overrides):
     return together, alone
 
 
-def assert_alike(tmp_path, together, alone):
+def assert_alike(tmp_path, together, alone, atol=1e-3):
     from safetensors.torch import load_file
 
     for index, (one, other) in enumerate(zip(together, alone)):
@@ -53,7 +53,7 @@ def assert_alike(tmp_path, together, alone):
             right = load_file(tmp_path / "alone" / str(index) / file)
             for name in left:
                 assert torch.equal(left[name] != 0, right[name] != 0), name
-                torch.testing.assert_close(left[name], right[name], rtol=0, atol=1e-3)
+                torch.testing.assert_close(left[name], right[name], rtol=0, atol=atol)
 
 
 @pytest.mark.slow
@@ -67,7 +67,8 @@ def test_every_regularizer(tmp_path, name):
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule(tmp_path, name):
     together, alone = members(tmp_path, name, f"prune={name}", "prune.exclude=[fc3]")
-    assert_alike(tmp_path, together, alone)
+    # whole units leave entries near 0 behind, of which the penalty's gradient, their sign, makes much
+    assert_alike(tmp_path, together, alone, atol=1e-2 if name == "coupled" else 1e-3)
     assert len({str(result["nonzero"]) for result in together}) == 3  # each has a mask of its own
 
 

@@ -205,7 +205,7 @@ def captured(monkeypatch):
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(step, "_replayed", replayed)
-    monkeypatch.setattr(step.Step, "batches", lambda self, order, size: ((index,) for index in cut(order, size)))
+    monkeypatch.setattr(step.Step, "batches", lambda self, order, size, _: ((index,) for index in cut(order, size)))
     return found
 
 

@@ -255,7 +255,7 @@ def test_every_regularizer_can_be_searched(name, searching):
 @pytest.mark.parametrize("name", choices("prune"))
 def test_every_rule_can_be_searched(name, searching):
     _, study = searching(f"prune={name}", n_trials=1)
-    interval = nodes.sensitivity_range(config.read(config.compose([f"prune={name}"])[0]).prune.rule)
+    interval = nodes.sensitivity_range(config.read(config.compose([f"prune={name}"])[0]).prune)
     space = study.trials[0].distributions["sensitivity"]
     assert space.low in interval and space.high in interval
 

@@ -177,8 +177,10 @@ def _check_prunes(rule: nodes.Rule, names: list[str]) -> None:
         )
     if rule.round_to > 1 and not rule.structural:
         raise ConfigError(f"prune.round_to={rule.round_to} does nothing: the unit is no filter: take prune/unit=filter")
-    if rule.importance.of != "any" and (rule.importance.of == "filters") != rule.structural:
-        name, meant = rule.importance.function.target.rpartition(".")[2], rule.importance.of
+    is_of_filters = {"fixed", *nodes.COUPLING} & {*inspect.signature(rule.unit.function.function).parameters}
+    meant = importance.of
+    if (meant == "filters" and not is_of_filters) or (meant == "entries" and rule.structural):
+        name = importance.function.target.rpartition(".")[2]
         unit = "prune/unit=filter" if meant == "filters" else "prune/unit=entry"
         raise ConfigError(f"prune.importance={name} scores {meant} alone: take {unit}")
     if not names:

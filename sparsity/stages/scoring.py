@@ -18,9 +18,8 @@ from sparsity.stages.context import Context
 from sparsity.step import CROSS_ENTROPY, Loss, arrangement, cuda_devices, losses_of, outputs
 from sparsity.tensors import Tensors, to_view
 
-Computed = dict[
-    str, Tensors
-]  # what was asked for, by name, and each by parameter: [members, *view], or broadcast to it
+# by what was asked for, and by parameter: [members, *view], or what broadcasts to it
+Computed = dict[str, Tensors]
 
 
 def computed(
