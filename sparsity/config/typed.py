@@ -67,7 +67,7 @@ class _Reader:
 
     def _dict(self, key: str, value: Any, kind: Any) -> dict[str, Any]:
         if not isinstance(value, dict):
-            raise ConfigError(f"{key} must be a group of keys, got {value!r}")
+            raise ConfigError(not_keys(key, value))
         flat = flatten(value)
         return {name: self.read(join(key, name), entry, kind) for name, entry in flat.items()}
 
@@ -164,10 +164,16 @@ def _check_lengths(key: str, function: Callable[..., Any], numbers: dict[str, An
 HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys of Hydra's, which mean nothing here
 
 
+def not_keys(key: str, value: Any) -> str:
+    """What is wrong with a value in the place of keys, and how a group's choice is typed."""
+    typed = f": a choice of a group is typed {key.replace('.', '/')}={value}" if isinstance(value, str) else ""
+    return f"{key} must be a group of keys, got {value!r}{typed}"
+
+
 def check_names(key: str, value: Any, kind: type) -> None:
     """Refuses keys of a group that are unknown or missing, here and in the groups inside, whatever their values."""
     if not isinstance(value, dict):
-        raise ConfigError(f"{key} must be a group of keys, got {value!r}")
+        raise ConfigError(not_keys(key, value))
     known, others = _known(kind), _others(kind)
     for name in value:
         if name not in known and not others:
