@@ -47,7 +47,7 @@ def digits(
 
 
 def flip_crop(images: Tensor, draws: Tensor, *, padding: Count) -> Tensor:
-    """Every other image mirrored, and cut out of itself with `padding` pixels of 0 around; He et al., 2016.
+    """Images mirrored, one of two by chance, and cut out of itself with `padding` pixels of 0 around; He et al., 2016.
 
     images: float [n, channels, height, width]; draws: [n, 3].
     """

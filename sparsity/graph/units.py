@@ -343,12 +343,13 @@ class Units:
     def scales_behind(self) -> dict[str, tuple[str, Tensor]]:
         """By weight, the scale of the normalisation that its outputs go into at once, and each output's entry there."""
         scales = [node for node in self.nodes if isinstance(node, Scale) and node.factor is not None]
+        places = [{slot: place for place, slot in enumerate(scale.ins.tolist())} for scale in scales]
         found = {}
         for layer in self.layers:
-            for scale in scales:
-                places = {slot: place for place, slot in enumerate(scale.ins.tolist())}
-                if layer.is_whole and all(slot in places for slot in layer.outs.tolist()):
-                    order = torch.tensor([places[slot] for slot in layer.outs.tolist()])
+            outs = layer.outs.tolist()
+            for scale, place_of in zip(scales, places):
+                if layer.is_whole and place_of.keys() >= {*outs}:
+                    order = torch.tensor([place_of[slot] for slot in outs])
                     found[layer.weight] = scale.factor.name, scale.factor.index[order]
         return found
 

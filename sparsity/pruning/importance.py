@@ -15,21 +15,17 @@ def magnitude(weight: Tensor) -> Tensor:
 
 
 def taylor(weight: Tensor, *, gradient: Tensor) -> Tensor:
-    """|w · ∂L/∂w|, by how much the loss changes without w to the first order; gradient: of the mean loss."""
+    """|w · ∂L/∂w|, by how much the loss changes without w to the first order; gradient: of the mean loss.
+
+    Before training it is SNIP, |∂L/∂c| of a factor c = 1 on each weight; Lee et al., 2019. Theirs is divided by its sum
+    over the network, which changes no order.
+    """
     return (weight * gradient).abs().clamp_max(torch.finfo(weight.dtype).max)
 
 
 def taylor_squared(weight: Tensor, *, squared_gradient: Tensor) -> Tensor:
     """Σ (w · ∂L/∂w)² over batches; Molchanov et al., 2019. squared_gradient: the squares' sum over batches."""
     return _squares(weight, squared_gradient)
-
-
-def snip(weight: Tensor, *, gradient: Tensor) -> Tensor:
-    """|∂L/∂c| of a factor c = 1 on each weight, which is |w · ∂L/∂w|; Lee et al., 2019.
-
-    Theirs is divided by its sum over the network, which changes no order.
-    """
-    return (weight * gradient).abs().clamp_max(torch.finfo(weight.dtype).max)
 
 
 def grasp(weight: Tensor, *, curved_gradient: Tensor) -> Tensor:
