@@ -384,7 +384,7 @@ def test_an_optimizer_of_torchs_by_either_of_its_names(target):
             (["seed=${seed}"], "seed: Recursive interpolation"),
             (["hydra.job.chdir=maybe"], "hydra.job.chdir must be true or false, got maybe"),
             (["hydra.run.dir=[1]"], "hydra.run.dir must be text, got [1]"),
-            (["hydra.searchpath=[/nope]"], "hydra.searchpath: /nope is no folder or package of YAMLs"),
+            (["hydra.searchpath=[/dev/null/x]"], "hydra.searchpath: /dev/null/x is no folder or package of YAMLs"),
             (["seed=" + "[" * 400], "seed=[[["),
             (["seed=1" + "0" * 5000], "seed=1000"),
             (["reg.decay=1" + "0" * 400], "reg.decay must be a number ≥ 0, and below 2^63"),

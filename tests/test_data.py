@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,11 +63,13 @@ def test_missing_files_without_a_network(tmp_path, monkeypatch):
     from torchvision.datasets import MNIST
 
     def refuse(self):
+        Path(self.raw_folder).mkdir(parents=True)  # as torchvision does
         raise OSError("<urlopen error [Errno -3] Temporary failure in name resolution>")
 
     monkeypatch.setattr(MNIST, "download", refuse)
     with pytest.raises(DataError, match=r"holds no MNIST, and downloading it failed .*name resolution.*data=digits"):
-        data.mnist(root=str(tmp_path))
+        data.mnist(root=str(tmp_path / "a" / "b"))
+    assert not list(tmp_path.iterdir()), "folders of nothing are left"
 
 
 def test_validation_is_taken_from_train_by_its_own_seed():

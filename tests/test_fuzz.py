@@ -67,7 +67,7 @@ VALUES = [
     *("[pretrain]", "[prune]", "[weight]", "[fc1]", "sparsity.run", "sparsity.regularizers.l1", "os.system"),
     *("[pretrain,{repeat:2,stages:[prune,finetune]}]", "[{repeat:0,stages:[prune]}]", "{repeat:2,stages:[prune]}"),
     *("pretrain@1", "start", "zeros", "{compression:5}", "{epochs:7}", "${schedule.finetune}", "${recipe.prune}"),
-    *("/dev/null/x", "/nope", "*", "a/b", "hs", "mlp", "auto", "cuda:99"),
+    *("/dev/null/x", "nope/there", "*", "a/b", "hs", "mlp", "auto", "cuda:99"),
 ]
 FLAGS = [
     *(

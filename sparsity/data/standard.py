@@ -1,5 +1,6 @@
 """Loaders of the standard data sets."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def _torchvision(name: str, root: str, folder: str, files: str) -> Source:
     place = base / folder
     found = sorted(place.iterdir()) if place.is_dir() else []
     there, sets = bool(found), []
+    missing = [each for each in (place, *place.parents) if not each.exists()]
     for file in found:
         other = None if file.is_file() or file.is_dir() else obstacle(file)
         if other is not None:  # a pipe would be waited for
@@ -42,6 +44,9 @@ def _torchvision(name: str, root: str, folder: str, files: str) -> Source:
         try:
             part = getattr(datasets, name)(str(base), train=train, download=True)
         except Exception as error:  # the readers raise whatever their file makes them trip over
+            for each in missing:  # torchvision makes them before it downloads
+                with contextlib.suppress(OSError):  # something was downloaded
+                    each.rmdir()
             raise DataError(_loader_trouble(name, root, place, files, there, error)) from error
         images, labels = torch.as_tensor(part.data), torch.as_tensor(part.targets)
         if len(images) != len(labels):
