@@ -15,7 +15,8 @@ from sparsity.experiment.precision import precision_of
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Context
-from sparsity.stages.training import total_penalty, way_of
+from sparsity.stages.regularizing import total_penalty
+from sparsity.stages.training import way_of
 from sparsity.step import Penalty
 from sparsity.training import Epoch, Loop, Watcher, train
 

@@ -47,11 +47,12 @@ def sensitivity_range(rule: "Rule") -> Range:
 
 Factory = Annotated[Call, Methods("sparsity.models", given=("input_shape", "num_classes"))]
 Loader = Annotated[Call, Methods("sparsity.data")]
-Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1)]
+Penalty = Annotated[Call, Methods("sparsity.regularizers", positional=1, given=("sizes",))]
+Shrink = Annotated[Call, Methods("sparsity.shrinking", positional=1, given=("strength",))]
 # what an importance may ask for beside the weight: what is computed for it over batches of train, or read off the graph
 COMPUTED = ("gradient", "squared_gradient", "curved_gradient", "curvature", "flow", "input_norm", "noise", "scale")
 ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", positional=1, given=COMPUTED)]
-COUPLING = ("unit_of_rows", "num_units")  # what a unit across layers asks for
+COUPLING = ("unit_of_rows", "num_units", "unit_of_columns")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
 CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]
@@ -76,8 +77,16 @@ State = Annotated[str, STATE]
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What is kept or removed as one."""
+
+    function: UnitFunction
+    structural: bool  # takes whole groups: a filter that goes takes its bias
+
+
+@dataclass(frozen=True)
 class Regularizer:
-    """The penalty, its coefficient, and the parameters that it is applied to."""
+    """What is added to the loss or applied after every step, its coefficient, and the parameters that it is for."""
 
     penalty: Penalty | None
     decay: NonNegative
@@ -85,6 +94,13 @@ class Regularizer:
     weight_decay: NonNegative
     search: dict[str, str] = field(default_factory=dict)  # ranges that a search draws from
     rise: Annotated[float, Range(0, 1)] = 0.0  # share of the stage's steps over which the decay rises from 0, evenly
+    shrink: Shrink | None = None
+    unit: Unit | None = None  # whose norms it is of; None: of the entries
+
+    @property
+    def method(self) -> Call | None:
+        """What it does; None: nothing."""
+        return self.penalty or self.shrink
 
 
 @dataclass(frozen=True)
@@ -97,14 +113,6 @@ class Importance:
     batch_size: PositiveCount
     mode: Literal["eval", "train"]  # of dropout and normalisation while it reads
     rounds: Annotated[int, Range(1, 10_000)]  # of scoring and pruning in turns, with ever less left
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What is kept or removed as one."""
-
-    function: UnitFunction
-    structural: bool  # takes whole groups: a filter that goes takes its bias
 
 
 @dataclass(frozen=True)

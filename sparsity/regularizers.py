@@ -1,5 +1,7 @@
 """Penalty functions: one parameter tensor, as the view [groups, outputs, inputs, positions], to one scalar.
 
+Over units it is the norms of these, [1, units, 1, 1], that they are given, and their sizes where they ask for them.
+
 All are differentiable, and finite with their gradients on a tensor that is all zero or has all-zero groups; none
 branches on a value, so all map over members. What is squared is multiplied by a power of two first, which brings the
 largest magnitude near 1: this rounds nothing, and changes no number but those that would be too large or too small for
@@ -47,6 +49,11 @@ def group_lasso(weight: Tensor) -> Tensor:
     return (filters.sum() + channels.sum()).clamp_max(torch.finfo(weight.dtype).max)
 
 
+def sized_lasso(norms: Tensor, *, sizes: Tensor) -> Tensor:
+    """Σ √size · ‖group‖₂, by which large groups fall no later than small ones; Yuan, Lin, 2006."""
+    return (norms * sizes.sqrt()).abs().sum().clamp_max(torch.finfo(norms.dtype).max)
+
+
 def group_hs(weight: Tensor) -> Tensor:
     """[(Σ ‖filter‖₂)² + (Σ ‖channel‖₂)²] / Σw²: Hoyer-square of the group norms, for filters and for channels."""
     filters, channels, *_ = _GroupNorms.apply(weight, True)
@@ -66,7 +73,7 @@ class _HoyerSquare(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor) -> tuple[Tensor, ...]:
         magnitude = weight.abs()
-        factor = _factor(magnitude.amax())
+        factor = scaling(magnitude.amax())
         magnitude.mul_(factor)
         size, flat = magnitude.sum(), magnitude.reshape(-1)
         square = flat.dot(flat).clamp_min(torch.finfo(weight.dtype).tiny)
@@ -95,7 +102,7 @@ class _Hoyer(torch.autograd.Function):
     @staticmethod
     def forward(weight: Tensor) -> tuple[Tensor, ...]:
         magnitude = weight.abs()
-        factor = _factor(magnitude.amax())
+        factor = scaling(magnitude.amax())
         magnitude.mul_(factor)
         norm = vector_norm(magnitude).clamp_min(torch.finfo(weight.dtype).tiny)
         value = magnitude.sum() / norm
@@ -148,7 +155,7 @@ class _GroupNorms(torch.autograd.Function):
 
     @staticmethod
     def forward(weight: Tensor, is_ratio: bool) -> tuple[Tensor, ...]:
-        factor = _factor(torch.maximum(weight.amax(), -weight.amin()))
+        factor = scaling(torch.maximum(weight.amax(), -weight.amin()))
         scaled = weight * factor
         squares = scaled.square()
         squares = squares.sum(3) if squares.shape[3] > 1 else squares.squeeze(3)
@@ -176,7 +183,30 @@ def _keep(context: Any, aside: tuple[Tensor, ...], kept: tuple[Tensor, ...]) -> 
     context.save_for_backward(*kept)
 
 
-def _factor(largest: Tensor) -> Tensor:
+def times(tensor: Tensor, factor: Tensor) -> Tensor:
+    """tensor · factor, whose gradient is the tensor's: of what is divided by the factor later."""
+    return _Times.apply(tensor, factor)
+
+
+class _Times(torch.autograd.Function):
+    """tensor · factor."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(tensor: Tensor, factor: Tensor) -> Tensor:
+        return tensor * factor
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def scaling(largest: Tensor) -> Tensor:
     """The power of two that brings the largest magnitude to about 2; of denormals and zeros one that makes them 0."""
     limits = torch.finfo(largest.dtype)
     exponent = threshold(largest, limits.tiny, limits.max).log2().floor()

@@ -35,6 +35,14 @@ class Penalty:
 
 
 @dataclass(frozen=True)
+class Shrink(Penalty):
+    """What follows the optimizer's step: one member's parameters, the strength, and its numbers to new parameters.
+
+    The strength is the learning rate times the decay.
+    """
+
+
+@dataclass(frozen=True)
 class Loss:
     """What is minimised beside the penalty; what may differ between members is a tensor [members]."""
 
@@ -64,6 +72,7 @@ class Step:
         way: Way = "eager",
         loss: Loss = CROSS_ENTROPY,
         augment: Augmentation | None = None,
+        shrink: Shrink | None = None,
     ):
         """population: its parameters are leaves that record gradients; way: how the step is computed.
 
@@ -74,6 +83,7 @@ class Step:
         if penalty is not None and penalty.rise is not None:  # state of the step, as masks are
             penalty = replace(penalty, decay=penalty.decay.clone(), rise=None)
         self.decay = None if penalty is None else penalty.decay
+        self.shrink, self.strength = shrink, None if shrink is None else torch.zeros_like(shrink.decay)
         self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
         moved = _moved(population, splits, penalty, loss, precision)
         self.optimizer = optimizer(list(moved.values()))
@@ -89,7 +99,7 @@ class Step:
         functions = [
             _gradients(population, splits, loss, precision, moved, augment),
             _penalised(population, penalty, moved, self.factors),
-            _update(self.optimizer, moved, self.held, population.masks),
+            _update(self.optimizer, moved, self.held, population.masks, _shrinking(shrink, self.strength, population)),
         ]
         if self.gathers:
             functions.insert(0, _gathered(self.train))
@@ -133,9 +143,11 @@ class Step:
                 self.held[name].copy_(parameter)
 
     def strengthen(self, progress: float) -> None:
-        """Sets the penalty's decay to what it is after a share of training, where it rises."""
+        """Sets the decay to what it is after a share of training, where it rises; of shrinking, times the rate."""
         if self.penalty is not None and self.penalty.rise is not None:
             self.decay.copy_(self.penalty.decay_at(progress))
+        if self.shrink is not None:
+            self.strength.copy_(self.shrink.decay_at(progress) * self.rate)
 
     @property
     def rate(self) -> float:
@@ -239,8 +251,14 @@ def _penalised(population: Population, penalty: Penalty | None, moved: Tensors, 
     return penalised
 
 
-def _update(optimizer: torch.optim.Optimizer, moved: Tensors, held: Tensors, masks: Tensors) -> Function:
-    """The rows and gradients to the rows alone, the parameters moved.
+def _update(
+    optimizer: torch.optim.Optimizer,
+    moved: Tensors,
+    held: Tensors,
+    masks: Tensors,
+    shrunk: Callable[[Tensors], Tensors],
+) -> Function:
+    """The rows and gradients to the rows alone, the parameters moved, and shrunk after that.
 
     held: what the masked entries of an optimizer that may move them are put back to.
     """
@@ -251,11 +269,28 @@ def _update(optimizer: torch.optim.Optimizer, moved: Tensors, held: Tensors, mas
             parameter.grad = _laid_like(parameter, gradient)
         take()
         with torch.no_grad():
+            for name, value in shrunk(moved).items():
+                moved[name].copy_(value)
             for name, value in held.items():
                 moved[name].copy_(torch.where(masks[name], moved[name], value))
         return [rows]
 
     return update
+
+
+def _shrinking(shrink: Shrink | None, strength: Tensor | None, population: Population) -> Callable[[Tensors], Tensors]:
+    """The parameters that shrink, by how they are after the optimizer's step; strength [members] is read anew."""
+    if shrink is None:
+        return lambda moved: {}
+    one = over_members(
+        lambda tensors, by, numbers: shrink.function(tensors, by, **numbers), population.num_members, (0,) * 3
+    )
+
+    def shrunk(moved: Tensors) -> Tensors:
+        found = one(population.parameters, strength, shrink.numbers)
+        return {name: each for name, each in found.items() if name in moved}
+
+    return shrunk
 
 
 def augmented(augment: Augmentation, images: Tensor, drawn: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.nodes import Average
 from sparsity.population import Population, choose
-from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Penalty, Step, cuda_devices, leaves
+from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Penalty, Shrink, Step, cuda_devices, leaves
 from sparsity.tensors import Tensors
 
 
@@ -103,12 +103,13 @@ def train(
     *,
     loss: Loss = CROSS_ENTROPY,
     penalty: Penalty | None = None,
+    shrink: Shrink | None = None,
     select: bool = False,
     gradual: Gradual | None = None,
     stop: int | None = None,
     watcher: Watcher = Watcher(),
 ) -> Trained:
-    """Every member trained by loss + decay · penalty; entries whose mask is 0 stay as they are.
+    """Every member trained by loss + decay · penalty, or shrunk step by step; entries whose mask is 0 stay as they are.
 
     generators: one a member, for the order of its images. select: measure test accuracy after every epoch too, and
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
@@ -121,7 +122,7 @@ def train(
         check_gradual(loop, num_batches, gradual, stop=stop if select else None)
     population = leaves(population if gradual is None else _maskable(population, gradual.names))
     how = {"precision": loop.precision, "way": loop.way, "augment": loop.augment}
-    step = Step(population, splits, penalty, loop.optimizer, loss=loss, **how)
+    step = Step(population, splits, penalty, loop.optimizer, loss=loss, shrink=shrink, **how)
     masking = _Masking(gradual, step, loop.epochs * num_batches)
     masking.after(0)
     averaging = _Averaging(loop, population, loop.epochs * num_batches)

@@ -1,5 +1,6 @@
 """One behaviour suite for every regularizer and every rule that `conf/` holds: a new one is tested without edits."""
 
+import functools
 import inspect
 from itertools import pairwise
 
@@ -8,19 +9,37 @@ import torch
 from conftest import ROOT, choices, layers, shipped_rule, slow
 from omegaconf import OmegaConf
 
-from sparsity import config, nodes
+from sparsity import config, nodes, regularizers
+from sparsity.pruning import unit
+from sparsity.pruning.unit import scores_of_entries
+from sparsity.stages import regularizing
 from sparsity.tensors import from_view, layouts, to_view
 
 KINDS = list(layers())
 REGULARIZERS = [
     name for name in choices("reg") if OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty is not None
 ]
+SHRINKING = [name for name in choices("reg") if "shrink" in OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml")]
+OVER_UNITS = [f"hs/{name}" for name in choices("reg/unit") if name not in ("entry", "filter_and_channel", "coupled")]
 RULES = [name for name in choices("prune") if name != "n_of_m"]  # which never keeps all
 
 
+@functools.cache
 def regularizer(name):
-    node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty)
-    return config.check("reg.penalty", node, nodes.Penalty).partial()
+    """The penalty of one view; name: a regularizer's, and after a / that of the unit that it is to be over."""
+    chosen, _, over = name.partition("/")
+    composed, _ = config.compose([f"reg={chosen}", *([f"reg/unit={over}"] if over else [])])
+    node = config.check("reg", OmegaConf.to_container(composed.reg), nodes.Regularizer)
+    groups, penalty = node.unit.function, node.penalty
+    if (in_one := regularizing.IN_ONE.get((penalty.function, groups.function))) is not None:
+        return in_one
+    return penalty.partial() if groups.function is unit.entry else over_unit(penalty.partial(), groups.partial())
+
+
+def over_unit(penalty, groups):
+    """A penalty of one view over a unit, as it is where there is no faster way."""
+    grouping = regularizing.Grouping(["w"], lambda views: groups(views["w"]))
+    return lambda view: regularizing.penalty_of_groups(penalty, grouping, {"w": view})
 
 
 def weight_of(kind, seed=0):
@@ -61,7 +80,7 @@ def formula(name, parameter, layout):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("name", [*REGULARIZERS, *slow(*OVER_UNITS)])
 class TestRegularizers:
     def test_value_and_gradient_are_the_formula(self, name, kind):
         parameter, layout = weight_of(kind)
@@ -125,6 +144,60 @@ def test_regularizer_takes_a_vector(name):
     assert value > 0 and vector.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["group_hs", "group_lasso"])
+def test_what_is_computed_in_one_expression_is_the_penalty_over_its_units(name, kind):
+    parameter, layout = weight_of(kind)
+    (plain,) = (each for (each, _), one in regularizing.IN_ONE.items() if one.__name__ == name)
+    one, other = (to_view(parameter.clone(), layout).requires_grad_() for _ in range(2))
+    value, expected = getattr(regularizers, name)(one), over_unit(plain, unit.filter_and_channel)(other)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    for found, slope in zip(torch.autograd.grad(value, one), torch.autograd.grad(expected, other)):
+        torch.testing.assert_close(found, slope, rtol=1e-10, atol=1e-12)
+
+
+def test_penalties_over_units_are_of_the_norms_of_their_entries():
+    view = torch.randn(2, 5, 7, 3, dtype=torch.float64)
+    pairs = [(2 * row, 4 * column) for row in range(3) for column in range(2)]
+    groups = {
+        "filter": [view[group, row] for group in range(2) for row in range(5)],
+        "channel": [view[group, :, column] for group in range(2) for column in range(7)],
+        "kernel": [view[group, row, column] for group in range(2) for row in range(5) for column in range(7)],
+        "block": [view[group, row : row + 2, column : column + 4] for group in range(2) for row, column in pairs],
+    }
+    for name, each in groups.items():
+        norms = torch.stack([entries.square().sum().sqrt() for entries in each])
+        given = {"rows": 2, "columns": 4} if name == "block" else {}
+        parted = functools.partial(getattr(unit, name), **given)
+        found = over_unit(regularizers.hs, parted)(view)
+        torch.testing.assert_close(found, norms.sum() ** 2 / norms.square().sum())
+        sizes = torch.tensor([float(entries.numel()) for entries in each]).double()
+        torch.testing.assert_close(over_unit(regularizers.sized_lasso, parted)(view), (norms * sizes.sqrt()).sum())
+
+
+@pytest.mark.parametrize("name", SHRINKING)
+class TestShrinking:
+    def shrink(self, name):
+        node = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").shrink)
+        return config.check("reg.shrink", node, nodes.Shrink).partial()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_norms_become_smaller_and_stay_finite_at_every_scale(self, name, dtype):
+        limits = torch.finfo(dtype)
+        norms = torch.tensor(
+            [0.0, limits.tiny / 8, limits.tiny, 1e-30, 1e-10, 1.0, 1e10, 1e30, limits.max], dtype=dtype
+        )
+        for strength in (0.0, 1e-30, 0.1, 1e30):
+            found = self.shrink(name)(norms, strength=torch.tensor(strength, dtype=dtype))
+            assert found.isfinite().all() and (found >= 0).all() and (found <= norms).all()
+            assert strength or torch.equal(found, norms)
+
+    def test_formula(self, name):
+        norms, strength = torch.rand(50, dtype=torch.float64) + 0.01, torch.tensor(0.2, dtype=torch.float64)
+        expected = {"p_decay": norms / (1 + 0.2 / norms**1.5)}.get(name, torch.where(norms > 0.2, norms - 0.2, 0))
+        torch.testing.assert_close(self.shrink(name)(norms, strength=strength), expected)
+
+
 def masks_of(chosen, views, sensitivity, **computed):
     """The masks of a dict of views by a rule's three parts; computed: what the importance asks for, by view."""
     importance, unit, cut = (getattr(chosen, part).function for part in ("importance", "unit", "cut"))
@@ -132,9 +205,9 @@ def masks_of(chosen, views, sensitivity, **computed):
     given = {name: {key: each[name] for key, each in computed.items()} for name in views}
     scores = {name: importance.partial(**given[name])(view) for name, view in views.items()}
     if "unit_of_rows" in asked[unit.key]:
-        units = unit.partial(**coupling(views))(scores)
+        units = scores_of_entries(unit.partial(**coupling(views))(scores))
     else:
-        units = {name: unit.partial()(each) for name, each in scores.items()}
+        units = {name: scores_of_entries(unit.partial()(each)) for name, each in scores.items()}
     if chosen.scope == "network":
         found = cut.partial(sensitivity=sensitivity)(units)
         found = found if isinstance(found, dict) else dict.fromkeys(views, found)
@@ -239,7 +312,7 @@ def test_views_come_back(kind):
 
 SCALES = [2.0**-125, 1e-30, 1e-25, 1e-20, 1e-10, 1.0, 1e10, 1e19, 1e30, 1e38]
 BOUNDS = {"hoyer": 120**0.5, "hs": 120, "group_hs": 22}  # of a linear layer from 12 to 10 units
-HOMOGENEOUS = {"l1", "group_lasso"}  # twice the weights, twice the penalty
+HOMOGENEOUS = {"l1", "group_lasso", "sized_lasso"}  # twice the weights, twice the penalty
 
 
 @pytest.fixture
@@ -251,7 +324,7 @@ def flushed():
 
 
 @pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("name", REGULARIZERS)
+@pytest.mark.parametrize("name", [*REGULARIZERS, *slow(*OVER_UNITS)])
 def test_value_and_gradient_are_right_at_every_scale(name, scale, flushed):
     generator = torch.Generator().manual_seed(0)
     pattern = torch.rand(1, 10, 12, 1, generator=generator) * (torch.rand(1, 10, 12, 1, generator=generator) < 0.7) * 3
@@ -263,7 +336,8 @@ def test_value_and_gradient_are_right_at_every_scale(name, scale, flushed):
         other = one.detach().double().requires_grad_()
         expected = regularizer(name)(other)
         (slope,) = torch.autograd.grad(expected, other)
-        if expected < torch.finfo(torch.float32).max:
+        is_norm = "/" in name or name == "sized_lasso"  # which may be no float where the entries are
+        if expected < torch.finfo(torch.float32).max and (scale < 1e38 or not is_norm):
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
             close = slope.abs().max().item() * 1e-5 + value.item() / scale * 1e-6  # of ratios it is a difference
             torch.testing.assert_close(gradient.double(), slope, rtol=1e-5, atol=max(close, 1.2e-38))

@@ -12,7 +12,7 @@ from conftest import ROOT
 LEVELS = [
     {"errors", "processes", "kinds", "uses", "front", "memory", "streams", "schedules"},
     {"files", "tensors", "tables", "nodes", "limits"},
-    {"models", "data", "losses", "augmentation", "regularizers", "pruning", "graph", "capture"},
+    {"models", "data", "losses", "augmentation", "regularizers", "shrinking", "pruning", "graph", "capture"},
     {"population", "weights"},
     {"step"},
     {"evaluation"},

@@ -259,18 +259,20 @@ def test_the_loss_that_is_trained_by_is_the_one_that_is_scored_by():
 def test_units_are_measured_by_the_root_mean_square():
     view = torch.arange(1.0, 25.0).reshape(1, 3, 4, 2)
     rms = lambda axes: view.square().mean(axes, keepdim=True).sqrt().expand_as(view)  # noqa: E731
-    torch.testing.assert_close(unit.filter(view), rms((2, 3)))
-    torch.testing.assert_close(unit.channel(view), rms((1, 3)))
-    torch.testing.assert_close(unit.kernel(view), rms((3,)))
-    torch.testing.assert_close(unit.filter_and_channel(view), torch.minimum(rms((2, 3)), rms((1, 3))))
-    assert unit.entry(view) is view
+    scored = lambda name, **more: unit.scores_of_entries(getattr(unit, name)(view, **more))  # noqa: E731
+    torch.testing.assert_close(scored("filter"), rms((2, 3)))
+    torch.testing.assert_close(scored("channel"), rms((1, 3)))
+    torch.testing.assert_close(scored("kernel"), rms((3,)))
+    torch.testing.assert_close(scored("filter_and_channel"), torch.minimum(rms((2, 3)), rms((1, 3))))
+    assert scored("entry") is view
     fixed = torch.tensor([[False, True, False]])
-    assert unit.filter(view, fixed=fixed)[0, 1].isinf().all() and unit.filter(view, fixed=fixed)[0, 0].isfinite().all()
+    scores = scored("filter", fixed=fixed)
+    assert scores[0, 1].isinf().all() and scores[0, 0].isfinite().all()
 
 
 def test_blocks_at_the_edges_are_smaller():
     view = torch.rand(2, 5, 7, 3)
-    found = unit.block(view, rows=2, columns=4)
+    found = unit.scores_of_entries(unit.block(view, rows=2, columns=4))
     for group in range(2):
         for row in range(0, 5, 2):
             for column in range(0, 7, 4):
@@ -282,7 +284,7 @@ def test_blocks_at_the_edges_are_smaller():
 def test_n_of_m_leaves_n_of_every_m_inputs():
     view = torch.rand(1, 5, 10, 2)
     view[0, 0] = 1.0  # equal ones
-    kept = unit.n_of_m(view, n=2, m=4) > -torch.inf
+    kept = unit.scores_of_entries(unit.n_of_m(view, n=2, m=4)) > -torch.inf
     assert (kept[:, :, :8].unflatten(2, (2, 4)).sum(3) == 2).all()
     assert kept[:, :, 8:].all()  # what is left over
     for group in (slice(0, 4), slice(4, 8)):

@@ -13,11 +13,12 @@ from test_training import generators, network, splits
 
 from sparsity import capture, config, step
 from sparsity.data import cut
+from sparsity.graph import trace
 from sparsity.models import build
 from sparsity.population import stack
 from sparsity.schedules import learning_rate
-from sparsity.stages.training import total_penalty
-from sparsity.step import Penalty, is_elementwise
+from sparsity.stages.regularizing import penalty_of, shrink_of
+from sparsity.step import is_elementwise
 from sparsity.training import Loop, train
 
 NETWORKS = {
@@ -32,21 +33,21 @@ def optimizer(name):
     return partial(config.read(composed).optimizer.partial(), lr=1e-2, weight_decay=1e-3)
 
 
-def trained(way, members, optimize="adam", masked=False, name="hs", device="cpu"):
+def trained(way, members, optimize="adam", masked=False, name="hs", device="cpu", over=None):
     population = stack(members, device)
     if masked:
         generator = torch.Generator().manual_seed(0)
         masks = {key: torch.rand(p.shape, generator=generator) < 0.5 for key, p in population.parameters.items()}
         population = replace(population, masks=masks).to(device)
-    composed, _ = config.compose([f"reg={name}"])
-    call = config.read(composed).reg.penalty
-    numbers = {key: torch.full((len(members),), value, device=device) for key, value in call.numbers.items()}
-    names = [key for key, layout in population.layouts.items() if layout.kind != "normalization"]
-    function = total_penalty(call.function, population.layouts, names)
-    penalty = Penalty(function, torch.linspace(1e-4, 1e-3, len(members), device=device), numbers)
+    composed, _ = config.compose([f"reg={name}", *([f"reg/unit={over}"] if over else [])])
+    reg = replace(config.read(composed).reg, apply_to=["weight", "bias"])
+    nodes = [replace(reg, decay=decay) for decay in torch.linspace(1e-4, 1e-3, len(members)).tolist()]
+    units = trace(members[0], splits().example()).units
+    penalty, shrink = (of(nodes, population, units) for of in (penalty_of, shrink_of))
     rate = partial(learning_rate, lr=1e-2, shape="cosine", warmup=0.1)
     loop = Loop(3, 10, rate, optimizer(optimize), way=way)
-    return train(population, splits().to(device), loop, generators(*range(len(members))), penalty=penalty, select=True)
+    added = {"penalty": penalty, "shrink": shrink}
+    return train(population, splits().to(device), loop, generators(*range(len(members))), **added, select=True)
 
 
 def check_same(one, other, close=torch.equal):
@@ -79,10 +80,17 @@ def test_a_recorded_step_is_the_step(name, num_pieces, optimize, replays):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in choices("reg") if name != "none"])
-def test_members_together_are_recorded_too(name, replays):
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [
+        *((name, None) for name in choices("reg") if name != "none"),
+        *(("hs", name) for name in choices("reg/unit") if name != "entry"),
+        *((name, "coupled") for name in ("sized_lasso", "proximal_lasso")),
+    ],
+)
+def test_members_together_are_recorded_too(name, over, replays):
     members = [network(seed=0), network(seed=1)]
-    eager, recorded = (trained(way, members, name=name, optimize="sgd") for way in ("eager", "recorded"))
+    eager, recorded = (trained(way, members, name=name, over=over, optimize="sgd") for way in ("eager", "recorded"))
     check_same(eager, recorded)
     assert replays == ["recorded"] * 4
 

@@ -15,7 +15,7 @@ from sparsity.models import build
 from sparsity.nodes import Average
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
-from sparsity.stages.training import total_penalty
+from sparsity.stages.regularizing import total_penalty
 from sparsity.step import Loss, Penalty, try_step
 from sparsity.training import Loop, train
 

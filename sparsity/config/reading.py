@@ -148,10 +148,14 @@ def _check_applies(run: Run) -> None:
         if len(kinds) != len(set(kinds)):
             raise ConfigError(f"{key} must name each kind once, got {shown(kinds)}")
     choice = f"reg={run.name.get('reg')}"
-    if run.reg.penalty is None and run.reg.decay and run.reg.apply_to:
+    if run.reg.penalty is not None and run.reg.shrink is not None:
+        raise ConfigError(f"reg.penalty and reg.shrink of {choice} are two regularizers: make one of them null")
+    if (of := run.reg.unit) is not None and marked(of.function.function, OWN_SHARE):
+        raise ConfigError(f"reg/unit={of.function.target.rpartition('.')[2]} has no groups to regularize: take another")
+    if run.reg.method is None and run.reg.decay and run.reg.apply_to:
         raise ConfigError(f"reg.penalty=null leaves reg.decay={run.reg.decay:g} of {choice} without use: take reg=none")
     is_used = any(isinstance(value, Regularizer) for stage in run.recipe for value in stage.call.numbers.values())
-    if run.reg.penalty is not None and not run.reg.apply_to and is_used:
+    if run.reg.method is not None and not run.reg.apply_to and is_used:
         raise ConfigError(f"reg.apply_to=[] leaves the penalty of {choice} nothing: take reg=none, or name kinds")
     for key, text in _search_keys(run):
         if not _is_range(text):
@@ -252,7 +256,7 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
         place = key.replace("/", ".")  # of a group in a group
         if is_of_stages(key) and (not readers.is_read(place) or (_is_of_ramp(key) and not _rises(run))):
             lines.append(f"{key} does nothing: {_why_idle(place, run, readers)}")
-        elif key == "reg.decay" and run.reg.penalty is None and run.reg.decay:
+        elif key == "reg.decay" and run.reg.method is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
         elif key == "average.start" and run.average.kind == "none":
             lines.append(f"average.start={run.average.start:g} does nothing: average.kind=none: take mean or ema")

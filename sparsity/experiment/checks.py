@@ -17,8 +17,9 @@ from sparsity.nodes import sensitivity_range
 from sparsity.population import Population
 from sparsity.stages import Context
 from sparsity.stages.pruning import scored
+from sparsity.stages.regularizing import penalty_of, shrink_of
 from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, thresholds_of
-from sparsity.stages.training import loss_of, penalty_of
+from sparsity.stages.training import loss_of
 from sparsity.step import is_finite, try_step
 from sparsity.tensors import from_view, normalised, to_view
 from sparsity.training import Loop
@@ -98,12 +99,21 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
             if value.shape != ():
                 key = f"{stage.key('loss')}.function"
                 raise ConfigError(f"{key} must give a scalar, got one of shape {list(value.shape)}")
-        if stage.regularizers and (penalty := penalty_of(stage.regularizers, population)) is not None:
-            one = {name: parameter[0].detach() for name, parameter in population.parameters.items()}
+        one = {name: parameter[0].detach() for name, parameter in population.parameters.items()}
+        if (
+            stage.regularizers
+            and (penalty := penalty_of(stage.regularizers, population, context.graph.units)) is not None
+        ):
             value = penalty.function(one, **{name: number[0] for name, number in penalty.numbers.items()})
             if value.shape != ():
                 key = f"{stage.key('penalty')}.penalty"
                 raise ConfigError(f"{key} must give a scalar, got one of shape {list(value.shape)}")
+        if (
+            stage.regularizers
+            and (shrink := shrink_of(stage.regularizers, population, context.graph.units)) is not None
+        ):
+            numbers = {name: number[0] for name, number in shrink.numbers.items()}
+            shrink.function(one, torch.tensor(0.0, device=population.device), **numbers)
         if stage.rules:
             rule = rule_of(stage.rules, stage.sensitivities, population)
             scores = _scored(stage, rule, population, context)
@@ -146,7 +156,7 @@ def _check_normalised(stage: Planned, population: Population) -> None:
     makers, layouts = normalised(population.module), population.layouts
     ruled = set(rule_of(stage.rules, stage.sensitivities, population).names) if stage.rules else set()
     regularizer = (stage.regularizers or [None])[0]
-    kinds = regularizer.apply_to if regularizer is not None and regularizer.penalty is not None else ()
+    kinds = regularizer.apply_to if regularizer is not None and regularizer.method is not None else ()
     penalised = {name for name, layout in layouts.items() if layout.kind in kinds}
     for name, maker in makers.items():
         layer = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]

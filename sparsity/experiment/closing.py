@@ -80,7 +80,7 @@ def causes(stage: Planned) -> str:
     """What makes the training of a stage fail if it is too large, with its values."""
     causes = f"{stage.key('schedule')}.lr={stage.schedule.lr:g}"
     regularizer = (stage.regularizers or [None])[0]
-    if regularizer is not None and regularizer.penalty is not None:
+    if regularizer is not None and regularizer.method is not None:
         causes = f"{stage.key('penalty')}.decay={regularizer.decay:g} or {causes}"
     return causes
 
@@ -91,5 +91,5 @@ def _turned(run: Run, pruning: Literal["less", "more"]) -> str:
         return run.budget.turned(pruning=pruning)
     recipe = [Planned([stage]) for stage in run.recipe]
     decays = {stage.key("penalty"): stage.regularizers[0] for stage in recipe if stage.regularizers}
-    decay = "".join(f" or {key}.decay={each.decay:g}" for key, each in decays.items() if each.penalty is not None)
+    decay = "".join(f" or {key}.decay={each.decay:g}" for key, each in decays.items() if each.method is not None)
     return f"{'lower' if pruning == 'less' else 'raise'} sensitivity={run.sensitivity:g}{decay}"

@@ -18,7 +18,7 @@ NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
 NO_NUMBERS += ("experiment.closing", "experiment.job", "experiment.views")
 # what counts in the stages that use it alone
-OF_SOME = ("regularizers", "pruning", "limits", "budgets", "accounting", "compaction")
+OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction")
 
 
 class Key(NamedTuple):
@@ -79,7 +79,7 @@ def _plain(value: Any) -> Any:
     """A node as JSON takes it, without what changes no number."""
     if isinstance(value, Call):
         return _call(value)
-    if isinstance(value, Regularizer) and value.penalty is None:
+    if isinstance(value, Regularizer) and value.method is None:
         return None  # its other numbers are of no use
     if is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value) if each.name != "search"}

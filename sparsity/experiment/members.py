@@ -16,7 +16,8 @@ from sparsity.memory import free_bytes
 from sparsity.models import build, check_fits
 from sparsity.population import Population, stack
 from sparsity.stages.context import Context, derived_seed
-from sparsity.stages.training import loss_of, penalty_of
+from sparsity.stages.regularizing import penalty_of, shrink_of
+from sparsity.stages.training import loss_of
 from sparsity.step import try_step
 from sparsity.tensors import to_view
 from sparsity.training import Loop, train
@@ -150,7 +151,8 @@ def _seconds(population: Population, stage: Planned, context: Context, loop: Loo
     few = train_set.take(torch.arange(min(len(train_set), FEW_STEPS * loop.batch_size)))
     generators = [torch.Generator().manual_seed(seed) for seed in context.seeds]
     splits = replace(context.splits, train=few, validation=None)
-    penalty = penalty_of(stage.regularizers, population) if stage.regularizers else None
+    nodes, units = stage.regularizers, context.graph.units
+    penalty, shrink = (of(nodes, population, units) if nodes else None for of in (penalty_of, shrink_of))
     loss = loss_of(stage.losses, population.device)
-    history = train(population, splits, loop, generators, loss=loss, penalty=penalty).history
+    history = train(population, splits, loop, generators, loss=loss, penalty=penalty, shrink=shrink).history
     return min(row.seconds for row in history[1:] or history)

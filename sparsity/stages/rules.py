@@ -15,6 +15,7 @@ from sparsity.graph import Units
 from sparsity.nodes import Call
 from sparsity.population import Population, over_members
 from sparsity.pruning.cut import at_least, rounded
+from sparsity.pruning.unit import scores_of_entries
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
 
 
@@ -43,7 +44,7 @@ class AppliedRule:
     """A pruning rule and what it is applied to; what may differ between members is a tensor [members]."""
 
     importance: Method  # (weight view, and what it asks for) → scores of entries
-    unit: Method  # (scores) → scores of units, or of all by name where it is coupled
+    unit: Method  # (scores) → groups of them, or of all by name where it is coupled
     cut: Method  # (scores of units, sensitivity=) → threshold, or of all by name where it is whole
     whole: bool
     structural: bool
@@ -79,7 +80,7 @@ class AppliedRule:
     @property
     def is_coupled(self) -> bool:
         """Whether its units reach across layers."""
-        return nodes.COUPLING[0] in _asked(self.unit)
+        return is_coupled(self.unit.function)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def scores_of(
     parameters = {name: population.parameters[name] for name in names}
     given = {key: {name: each[name] for name in names} for key, each in (computed or {}).items()}
     masks = {name: population.masks[name] for name in names if name in population.masks} if given else {}
-    coupling = _coupling(population, names, units) if rule.is_coupled else None
+    coupling = coupling_of(population, names, units) if rule.is_coupled else None
     fixed = _fixed(population, rule, units) if "fixed" in _asked(rule.unit) and units is not None else {}
 
     def one(
@@ -231,10 +232,11 @@ def scores_of(
         for name, mask in masks.items():  # what is masked goes before all else, as its 0 does of magnitude
             entries[name] = torch.where(to_view(mask, layouts[name]), entries[name], rule.least)
         if coupling is not None:
-            given = dict(zip(nodes.COUPLING, (coupling.rows, coupling.num_units)))
-            return entries, rule.unit.function(entries, **given, **of_unit)
+            given = {"unit_of_rows": coupling.rows, "num_units": coupling.num_units}
+            return entries, {**entries, **scores_of_entries(rule.unit.function(entries, **given, **of_unit))}
         own = {name: {"fixed": fixed[name]} if name in fixed else {} for name in views}
-        return entries, {name: rule.unit.function(each, **own[name], **of_unit) for name, each in entries.items()}
+        groups = {name: rule.unit.function(each, **own[name], **of_unit) for name, each in entries.items()}
+        return entries, {name: scores_of_entries(each) for name, each in groups.items()}
 
     mapped = over_members(one, population.num_members, (0,) * 5)
     found = mapped(parameters, masks, given, rule.importance.numbers, rule.unit.numbers)
@@ -313,12 +315,15 @@ def _bounded(rule: AppliedRule, scores: Tensor, threshold: Tensor) -> Tensor:
     return threshold if rule.round_to == 1 else rounded(scores, threshold, rule.round_to)
 
 
-def _coupling(population: Population, names: Sequence[str], units: Units | None) -> Coupling:
+def is_coupled(unit: Callable[..., Any]) -> bool:
+    """Whether a unit reaches across layers."""
+    return nodes.COUPLING[0] in inspect.signature(unit).parameters
+
+
+def coupling_of(population: Population, names: Sequence[str], units: Units | None) -> Coupling:
     """The units of the network that the named weights write and read; those of outputs and of images are none."""
     if units is None:
-        raise ConfigError(
-            "prune/unit=coupled needs the units of the network, which are not known: take prune/unit=filter"
-        )
+        raise ConfigError("unit=coupled needs the units of the network, which are not known: take unit=filter")
     rows, columns = {}, {}
     stays = torch.zeros(units.num_units, dtype=torch.bool)
     stays[units.of[torch.cat([units.outputs, units.frozen, units.inputs])]] = True

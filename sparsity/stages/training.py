@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,9 +21,9 @@ from sparsity.schedules import CURVES, learning_rate
 from sparsity.stages.context import MASKED, PENALIZED, SELECTED, Context, Outcome
 from sparsity.stages.holding import Hold, holding
 from sparsity.stages.pruning import Pruner
+from sparsity.stages.regularizing import penalty_of, shrink_of
 from sparsity.stages.rules import method_of
-from sparsity.step import CROSS_ENTROPY, Loss, Penalty, can_be_recorded, convolves, is_elementwise
-from sparsity.tensors import Layout, Tensors, to_view
+from sparsity.step import CROSS_ENTROPY, Loss, can_be_recorded, convolves, is_elementwise
 from sparsity.training import Gradual, Loop
 from sparsity.training import train as run_loop
 
@@ -48,7 +47,7 @@ def train(
     curve: Curve | None = None,
     every: PositiveCount | None = None,
 ) -> Outcome:
-    """Every member trained by loss + decay · penalty; what is held at zero takes no part in it.
+    """Every member trained by loss + decay · penalty, or shrunk step by step; what is held at zero takes no part in it.
 
     loss: cross-entropy where none is given. augment: how images are changed, each time anew. average: of the weights,
     in place of the last ones. hold: what stays at zero, as `holding` says; whatever is dead by that is left out of the
@@ -58,14 +57,16 @@ def train(
     has all of it is selected.
     """
     held = holding(population, hold, context.graph.units)
-    added = penalty_of(penalty, population) if penalty else None
+    added = penalty_of(penalty, population, context.graph.units) if penalty else None
+    shrunk = shrink_of(penalty, population, context.graph.units) if penalty else None
     loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss, augment)
     loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
     minimised = loss_of(loss, population.device)
     pruner = Pruner(rule, sensitivity, budget, held, context, minimised) if rule else None
     gradual = gradual_of(pruner, curve, every, loop) if pruner else None
-    is_compacted = hold == "zeros" and loop.elementwise and gradual is None and loop.augment is None
+    is_alone = loop.elementwise and (not penalty or penalty[0].unit is None)  # every entry moves by itself
+    is_compacted = hold == "zeros" and is_alone and gradual is None and loop.augment is None
     small = (compact if is_compacted else whole)(held, context.splits)
     watcher = context.watch(context.stage, loop, len(context.splits.train))
     try:
@@ -76,6 +77,7 @@ def train(
             context.generators(),
             loss=minimised,
             penalty=added,
+            shrink=shrunk,
             select=select and context.stop is None,
             gradual=gradual,
             stop=context.stop,
@@ -120,31 +122,6 @@ def loss_of(losses: Sequence[nodes.Loss] | None, device: torch.device) -> Loss:
     return Loss(method.function, method.numbers)
 
 
-def penalty_of(regularizers: Sequence[Regularizer], population: Population) -> Penalty | None:
-    """The penalty of all members, one node a member; None of a regularizer without one."""
-    first, layouts, device = regularizers[0], population.layouts, population.device
-    if first.penalty is None:
-        return None
-    names = [name for name, layout in layouts.items() if layout.kind in first.apply_to]
-    if not names:
-        raise ConfigError(f"reg.apply_to={first.apply_to}: the model has no such parameters")
-    method = method_of([each.penalty for each in regularizers], device)
-    decay = torch.tensor([each.decay for each in regularizers], device=device)
-    rises = [each.rise for each in regularizers]
-    rise = torch.tensor(rises, device=device) if any(rises) else None
-    return Penalty(total_penalty(method.function, layouts, names), decay, method.numbers, rise)
-
-
-def total_penalty(function: Callable[..., Tensor], layouts: dict[str, Layout], names: list[str]) -> Callable[..., Any]:
-    """Σ function(view) over the named parameters of one member, as a function of them and of the method's numbers."""
-
-    def penalty(parameters: Tensors, **numbers: Tensor) -> Tensor:
-        values = [function(to_view(parameters[name], layouts[name]), **numbers) for name in names]
-        return torch.stack(values).sum()
-
-    return penalty
-
-
 def loop_of(
     population: Population,
     context: Context,
@@ -156,7 +133,7 @@ def loop_of(
     augment: nodes.Augment | None = None,
 ) -> Loop:
     """The loop of a stage; refuses an optimizer that refuses its settings."""
-    added = [each.penalty.target for each in (penalty or [])[:1] if each.penalty is not None]
+    added = [each.method.target for each in (penalty or [])[:1] if each.method is not None]
     changing = None if augment is None else augment.function
     if changing is not None:
         name = str(context.choices.get("augment"))
