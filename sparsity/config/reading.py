@@ -258,6 +258,8 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
             lines.append(f"{key} does nothing: {_why_idle(place, run, readers)}")
         elif key == "reg.decay" and run.reg.method is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
+        elif place.startswith("reg.unit") and run.reg.method is None:
+            lines.append(f"{key} does nothing: reg={run.name.get('reg')} regularizes nothing")
         elif key == "average.start" and run.average.kind == "none":
             lines.append(f"average.start={run.average.start:g} does nothing: average.kind=none: take mean or ema")
         elif key == "average.decay" and run.average.kind != "ema":
