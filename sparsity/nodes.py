@@ -104,14 +104,20 @@ class Regularizer:
 
 
 @dataclass(frozen=True)
-class Importance:
+class Reading:
+    """What is read of train for scores."""
+
+    batches: Count  # of train; 0: none
+    batch_size: PositiveCount
+    mode: Literal["eval", "train"]  # of dropout and normalisation meanwhile
+
+
+@dataclass(frozen=True)
+class Importance(Reading):
     """What an entry scores, and what is read of train for it."""
 
     function: ImportanceFunction
     of: Literal["any", "entries", "filters"]  # the units that it is meant for
-    batches: Count  # of train; 0: it reads none
-    batch_size: PositiveCount
-    mode: Literal["eval", "train"]  # of dropout and normalisation while it reads
     rounds: Annotated[int, Range(1, 10_000)]  # of scoring and pruning in turns, with ever less left
 
 
@@ -140,6 +146,16 @@ class Rule:
     keep_at_least: Annotated[float, Range(0, 1)]  # the share of a parameter that stays, whatever the cut
     round_to: PositiveCount  # of structural rules: filters stay in multiples of it
     search: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Regrow:
+    """How masked entries come back in the place of others while training."""
+
+    by: Literal["gradient", "random"]  # what comes back: those with the largest gradients, or any
+    share: Annotated[float, Range(0, 1, above=True)]  # of what is kept that goes at first; it falls to 0 along a cosine
+    until: Annotated[float, Range(0, 1, above=True)]  # share of the stage's steps after which masks stay
+    every: PositiveCount  # steps from one exchange to the next
 
 
 @dataclass(frozen=True)

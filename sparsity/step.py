@@ -73,8 +73,12 @@ class Step:
         loss: Loss = CROSS_ENTROPY,
         augment: Augmentation | None = None,
         shrink: Shrink | None = None,
+        straight_through: bool = False,
     ):
         """population: its parameters are leaves that record gradients; way: how the step is computed.
+
+        straight_through: the forward pass alone is under the masks, whose gradients reach what they leave out, as if it
+        had been there; Bengio et al., 2013.
 
         Only the parameters that the population has masks for can be masked; gradients of others are not multiplied.
         """
@@ -94,11 +98,13 @@ class Step:
         self.factors = {name: mask.to(population.parameters[name].dtype) for name, mask in population.masks.items()}
         # what an optimizer that may move an entry whose gradient is 0 has put back
         self.held: Tensors = {}
-        if not is_elementwise(self.optimizer):
+        if not is_elementwise(self.optimizer) and not straight_through:
             self.held = {name: moved[name].detach().clone() for name in population.masks if name in moved}
+        self.straight_through = straight_through
+        through, held = (self.factors, {}) if straight_through else ({}, self.factors)
         functions = [
-            _gradients(population, splits, loss, precision, moved, augment),
-            _penalised(population, penalty, moved, self.factors),
+            _gradients(population, splits, loss, precision, moved, augment, through),
+            _penalised(population, penalty, moved, held),
             _update(self.optimizer, moved, self.held, population.masks, _shrinking(shrink, self.strength, population)),
         ]
         if self.gathers:
@@ -136,11 +142,21 @@ class Step:
             stays = before & mask
             before.copy_(mask)
             self.factors[name].copy_(mask)
+            if self.straight_through:
+                continue
             # of a number p − p is 0, and of what has diverged it is NaN, which is seen when the epoch ends
             parameter.copy_(torch.where(stays, parameter, parameter - parameter))
             _forget(self.optimizer, parameter, ~stays)
             if name in self.held:
                 self.held[name].copy_(parameter)
+
+    def masked(self, population: Population) -> Population:
+        """The population as the forward pass sees it: zeros where masks are 0."""
+        if not self.straight_through:
+            return population
+        masks = population.masks
+        seen = {name: p * masks[name] if name in masks else p for name, p in population.parameters.items()}
+        return replace(population, parameters=seen)
 
     def strengthen(self, progress: float) -> None:
         """Sets the decay to what it is after a share of training, where it rises; of shrinking, times the rate."""
@@ -208,12 +224,14 @@ def _gradients(
     precision: torch.dtype,
     moved: Tensors,
     augment: Augmentation | None,
+    through: Tensors,
 ) -> Function:
     """Images and labels [members, batch, …] to the members' losses [members] and their gradients.
 
-    Images are augmented before, by the numbers drawn for each.
+    Images are augmented before, by the numbers drawn for each. through: masks as numbers, that the forward pass is
+    under, and that gradients pass as if they were not there.
     """
-    losses_of_batch = losses_of(population, splits, loss, precision)
+    losses_of_batch = losses_of(population, splits, loss, precision, through)
 
     def gradients(images: Tensor, labels: Tensor, *drawn: Tensor) -> list[Tensor]:
         if augment is not None:
@@ -320,9 +338,17 @@ def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     return gradient if is_laid else torch.empty_like(parameter).copy_(gradient)
 
 
-def losses_of(population: Population, splits: Splits, loss: Loss, precision: torch.dtype) -> Function:
+def losses_of(
+    population: Population, splits: Splits, loss: Loss, precision: torch.dtype, through: Tensors | None = None
+) -> Function:
     """The members' losses [members], as a function of their buffers and a batch of raw images and labels."""
-    module, arrange = population.module, arrangement(population)
+    module, arrange, own = population.module, arrangement(population), population.parameters
+
+    def parameters_now() -> Tensors:
+        return {
+            **own,
+            **{name: own[name] + (own[name] * f - own[name]).detach() for name, f in (through or {}).items()},
+        }
 
     def one(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor, numbers: Tensors) -> Tensor:
         found = outputs(module, parameters, buffers, images, precision).float()
@@ -330,7 +356,7 @@ def losses_of(population: Population, splits: Splits, loss: Loss, precision: tor
 
     mapped = over_members(one, population.num_members, (0,) * 5)
     return lambda buffers, images, labels: mapped(
-        population.parameters, buffers, arrange(splits.scale(images)), labels, loss.numbers
+        parameters_now(), buffers, arrange(splits.scale(images)), labels, loss.numbers
     )
 
 

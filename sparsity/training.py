@@ -1,5 +1,6 @@
 """The one training loop, and evaluation: a population in, a population and its history out; names no method."""
 
+import math
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -51,11 +52,36 @@ class Gradual:
     curve: Callable[[float], float]  # progress in [0, 1] of the span to the share in [0, 1] of the way
     until: float  # where the span ends, as a share in [0, 1] of the training's steps
     every: int  # steps between changes
+    straight_through: bool = False  # whether what is masked is trained on: the forward pass alone is under the masks
+    regrows = False  # whether what was masked before may come back
 
     def shares(self, num_steps: int) -> dict[int, float]:
         """How far masks are after so many steps, wherever they change in a training of num_steps."""
         span = round(self.until * num_steps)
         return {step: self.curve(step / span) for step in range(0, span, self.every)} | {span: 1.0}
+
+
+@dataclass(frozen=True)
+class Regrowth:
+    """Masks whose entries are exchanged while training, as many as there are; Mocanu et al., 2018; Evci et al., 2020.
+
+    They change after every `every` steps of the span. What comes back begins at 0, with no moments.
+    """
+
+    # the population as it is now, and the share in [0, 1] of what each mask keeps that is exchanged, to masks by name
+    masks: Callable[[Population, float], Tensors]
+    names: Collection[str]  # the parameters whose masks change
+    share: float  # in [0, 1], exchanged at first; it falls to 0 along a cosine
+    until: float  # where the span ends, as a share in [0, 1] of the training's steps
+    every: int  # steps between changes
+    straight_through = False
+    regrows = True
+
+    def shares(self, num_steps: int) -> dict[int, float]:
+        """What share is exchanged after so many steps, wherever masks change in a training of num_steps."""
+        span = round(self.until * num_steps)
+        steps = range(self.every, span, self.every)
+        return {step: self.share * (1 + math.cos(math.pi * step / span)) / 2 for step in steps}
 
 
 class Epoch(NamedTuple):
@@ -105,7 +131,7 @@ def train(
     penalty: Penalty | None = None,
     shrink: Shrink | None = None,
     select: bool = False,
-    gradual: Gradual | None = None,
+    gradual: Gradual | Regrowth | None = None,
     stop: int | None = None,
     watcher: Watcher = Watcher(),
 ) -> Trained:
@@ -113,31 +139,32 @@ def train(
 
     generators: one a member, for the order of its images. select: measure test accuracy after every epoch too, and
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
-    among them. gradual: prune on the way; only states whose masks have come all the way are selected. stop: end after
-    so many epochs of the whole schedule. Training ends early when every member has diverged.
+    among them. gradual: masks that change on the way; only states whose masks have come all the way are selected. stop:
+    end after so many epochs of the whole schedule. Training ends early when every member has diverged.
     """
     num_batches = count_batches(len(splits.train), loop.batch_size)
     check_stop(loop, stop)
-    if gradual is not None:
+    if isinstance(gradual, Gradual):
         check_gradual(loop, num_batches, gradual, stop=stop if select else None)
     population = leaves(population if gradual is None else _maskable(population, gradual.names))
     how = {"precision": loop.precision, "way": loop.way, "augment": loop.augment}
+    how["straight_through"] = gradual is not None and gradual.straight_through
     step = Step(population, splits, penalty, loop.optimizer, loss=loss, shrink=shrink, **how)
     masking = _Masking(gradual, step, loop.epochs * num_batches)
     masking.after(0)
     averaging = _Averaging(loop, population, loop.epochs * num_batches)
-    memory = _Memory(population, select and splits.validation is not None)
+    memory = _Memory(step.masked(population), select and splits.validation is not None)
     at_once = images_at_once(population, loop.batch_size, loop.image_bytes)
     if select:
-        row = _measure(0, population, splits, time.perf_counter(), at_once, test=True)
-        memory.add(row, population, watcher, may_select=masking.is_final)
+        row = _measure(0, step.masked(population), splits, time.perf_counter(), at_once, test=True)
+        memory.add(row, step.masked(population), watcher, may_select=masking.is_final)
     # a module that draws random numbers does so from the member's own state
     with torch.random.fork_rng(devices=cuda_devices(population)):
         torch.manual_seed(generators[0].initial_seed())
         for epoch in range(1, (loop.epochs if stop is None else stop) + 1):
             start = time.perf_counter()
             sums = _run_epoch(epoch, population, loop, generators, step, masking, averaging, watcher)
-            found = averaging.after_epoch()
+            found = step.masked(averaging.after_epoch())
             row = _measure(epoch, found, splits, start, at_once, test=select, sums=sums, lr=step.rate)
             memory.add(row, found, watcher, may_select=masking.is_final)
             if memory.all_diverged:
@@ -179,22 +206,24 @@ def _maskable(population: Population, names: Collection[str]) -> Population:
 class _Masking:
     """Remembers how far masks have come, and changes them when it is time."""
 
-    def __init__(self, gradual: Gradual | None, step: Step, num_steps: int):
+    def __init__(self, gradual: Gradual | Regrowth | None, step: Step, num_steps: int):
         self.gradual, self.step = gradual, step
         self.shares = {} if gradual is None else gradual.shares(num_steps)
         self.earlier = {} if gradual is None else {name: mask.clone() for name, mask in step.population.masks.items()}
-        self.is_final = gradual is None
+        self.is_final = gradual is None or gradual.regrows
 
     def after(self, num_done: int) -> None:
         """Changes the masks where they are to change after so many steps."""
         share = self.shares.get(num_done)
         if share is None:
             return
-        seen = replace(self.step.population.map(Tensor.detach), masks=self.earlier)
-        found = self.gradual.masks(seen, share)
+        now = self.step.population.map(Tensor.detach)
+        found = self.gradual.masks(now if self.gradual.regrows else replace(now, masks=self.earlier), share)
         assert found.keys() <= set(self.gradual.names), found.keys() - set(self.gradual.names)
-        self.step.mask({name: self.earlier[name] & found.get(name, True) for name in self.gradual.names})
-        self.is_final = share == 1.0
+        if not self.gradual.regrows:
+            found = {name: self.earlier[name] & found.get(name, True) for name in self.gradual.names}
+        self.step.mask(found)
+        self.is_final |= share == 1.0
 
 
 class _Averaging:

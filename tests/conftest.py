@@ -37,7 +37,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 Plugins.instance()
-torch.set_num_threads(1)  # the networks are tiny, and tests may run beside each other
+torch.set_num_threads(1)  # the networks are tiny, and tests run beside each other
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: theirs would wait for each other
 
 
 def pytest_collection_finish() -> None:

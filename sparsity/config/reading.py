@@ -179,6 +179,8 @@ def _check_budget(run: Run) -> None:
             )
         if "rule" in takes and "curve" in takes:
             _check_curve(stage)
+        if numbers.get("regrow") is not None:
+            _check_regrow(stage, run)
         if isinstance(rule := numbers.get("rule"), Rule) and isinstance(numbers.get("budget"), Budget):
             _check_share(rule, numbers["budget"])
 
@@ -198,6 +200,7 @@ def _check_curve(stage: Stage) -> None:
     numbers, example = stage.call.numbers, {"curve": "{shape:cubic,until:0.5}", "every": "100"}
     if numbers.get("rule") is None:
         idle = next((name for name in (*example, "sensitivity", "budget") if numbers.get(name) is not None), None)
+        idle = "straight_through" if idle is None and numbers.get("straight_through") else idle
         if idle is not None:
             raise ConfigError(f"recipe.{stage.node}.{idle} does nothing without a rule: give it rule: ${{{RULE}}}")
         return
@@ -208,6 +211,23 @@ def _check_curve(stage: Stage) -> None:
             )
     if not numbers["schedule"].epochs:
         raise ConfigError(f"{_source(stage, 'schedule')}.epochs=0 leaves {stage.name} no step to prune in: raise it")
+
+
+def _check_regrow(stage: Stage, run: Run) -> None:
+    """Refuses an exchange of entries where none are masked, or where masks are of more than entries."""
+    key, numbers = f"recipe.{stage.node}.regrow", stage.call.numbers
+    if numbers.get("rule") is not None:
+        raise ConfigError(f"{key} and recipe.{stage.node}.rule both change masks in {stage.name}: drop one")
+    before = [each.call.numbers for each in run.recipe[: run.recipe.index(stage)]]
+    rules = [each["rule"] for each in before if isinstance(each.get("rule"), Rule)]
+    if not rules and numbers.get("hold") != "zeros":
+        raise ConfigError(f"{key} does nothing: no stage before {stage.name} masks anything: list one that does")
+    for unit in (rule.unit.function for rule in rules):
+        if not unit.target.endswith(".entry"):
+            name = unit.target.rpartition(".")[2]
+            raise ConfigError(
+                f"{key} exchanges entries, and prune/unit={name} keeps more together: take prune/unit=entry"
+            )
 
 
 def _search_keys(run: Run) -> list[tuple[str, str]]:

@@ -74,7 +74,11 @@ class Pruner:
         population: Population,
         context: Context,
         loss: Loss = CROSS_ENTROPY,
+        *,
+        comes_back: bool = False,
     ):
+        """comes_back: whether what masks left out once may be in later ones."""
+        self.comes_back = comes_back
         self.context, self.layouts, self.loss = context, population.layouts, loss
         self.importance, self.generators = rules[0].importance, context.generators()
         self.given = list(sensitivities or [None] * len(rules))
@@ -95,7 +99,7 @@ class Pruner:
     def masks(self, population: Population, share: float) -> Tensors:
         """The masks at a share of the way to the rule's number, or from what there was at first to the budget.
 
-        What they left out once stays out.
+        What they left out once stays out, unless it may come back.
         """
         population, rounds = population.map(Tensor.detach), self.importance.rounds
         for number in range(1, rounds + 1):
@@ -103,7 +107,8 @@ class Pruner:
             with denormals_kept(), torch.no_grad():
                 masks = self._masks(population, scores, share, number / rounds)
             population = _masked(population, masks)
-        self.last |= {name: mask & self.last[name] if name in self.last else mask for name, mask in masks.items()}
+        is_kept = {} if self.comes_back else self.last
+        self.last |= {name: mask & is_kept[name] if name in is_kept else mask for name, mask in masks.items()}
         return dict(self.last)
 
     def _masks(self, population: Population, scores: Scores, share: float, of_rounds: float) -> Tensors:

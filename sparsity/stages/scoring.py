@@ -26,7 +26,7 @@ def computed(
     population: Population,
     names: Sequence[str],
     asked: set[str],
-    importance: nodes.Importance,
+    reading: nodes.Reading,
     context: Context,
     loss: Loss,
     generators: Sequence[torch.Generator],
@@ -37,8 +37,8 @@ def computed(
     over batches. Masked entries are 0 as they stand, and have gradients all the same.
     """
     found: Computed = {}
-    scorer = _Scorer(population, names, importance, context, loss, generators)
-    with _as_it_reads(population, importance.mode):
+    scorer = _Scorer(population, names, reading, context, loss, generators)
+    with _as_it_reads(population, reading.mode):
         for name in sorted(asked):
             found[name] = scorer.views(COMPUTERS[name](scorer))
     return found
@@ -51,23 +51,23 @@ class _Scorer:
         self,
         population: Population,
         names: Sequence[str],
-        importance: nodes.Importance,
+        reading: nodes.Reading,
         context: Context,
         loss: Loss,
         generators: Sequence[torch.Generator],
     ):
         self.population = population.map(Tensor.detach)
         self.names, self.context, self.loss, self.generators = list(names), context, loss, generators
-        self.importance = importance
+        self.reading = reading
         self._batches: list[Images] | None = None
 
     @property
     def batches(self) -> list[Images]:
         """As many batches [members, batch, …] as the importance reads, or all that there are."""
         if self._batches is None:
-            train, size = self.context.splits.train, self.importance.batch_size
+            train, size = self.context.splits.train, self.reading.batch_size
             order = torch.stack([torch.randperm(len(train), generator=each) for each in self.generators])
-            self._batches = list(train.batches(order[:, : size * self.importance.batches], size))
+            self._batches = list(train.batches(order[:, : size * self.reading.batches], size))
         return self._batches
 
     def fresh(self) -> Population:

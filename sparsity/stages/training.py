@@ -21,6 +21,7 @@ from sparsity.schedules import CURVES, learning_rate
 from sparsity.stages.context import MASKED, PENALIZED, SELECTED, Context, Outcome
 from sparsity.stages.holding import Hold, holding
 from sparsity.stages.pruning import Pruner
+from sparsity.stages.regrowing import regrowth_of
 from sparsity.stages.regularizing import penalty_of, shrink_of
 from sparsity.stages.rules import method_of
 from sparsity.step import CROSS_ENTROPY, Loss, can_be_recorded, convolves, is_elementwise
@@ -46,6 +47,8 @@ def train(
     budget: Each[Budget | None] | None = None,
     curve: Curve | None = None,
     every: PositiveCount | None = None,
+    straight_through: bool = False,
+    regrow: nodes.Regrow | None = None,
 ) -> Outcome:
     """Every member trained by loss + decay · penalty, or shrunk step by step; what is held at zero takes no part in it.
 
@@ -54,7 +57,8 @@ def train(
     computation, unless images are augmented or the optimizer makes entries depend on each other. select: hands back the
     epoch with the best validation accuracy, the earliest of equals, the state before the first one among them; else the
     last. rule: prunes meanwhile, `every` so many steps, by a number or to a budget that rises along a curve; only what
-    has all of it is selected.
+    has all of it is selected. straight_through: what the rule leaves out meanwhile is trained on, and may come back.
+    regrow: exchanges entries that are masked before it for others.
     """
     held = holding(population, hold, context.graph.units)
     added = penalty_of(penalty, population, context.graph.units) if penalty else None
@@ -63,10 +67,13 @@ def train(
     loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
     minimised = loss_of(loss, population.device)
-    pruner = Pruner(rule, sensitivity, budget, held, context, minimised) if rule else None
-    gradual = gradual_of(pruner, curve, every, loop) if pruner else None
+    pruner = Pruner(rule, sensitivity, budget, held, context, minimised, comes_back=straight_through) if rule else None
+    if pruner:
+        changing = replace(gradual_of(pruner, curve, every, loop), straight_through=straight_through)
+    else:
+        changing = regrowth_of(regrow, held, context, loop, minimised) if regrow else None
     is_alone = loop.elementwise and (not penalty or penalty[0].unit is None)  # every entry moves by itself
-    is_compacted = hold == "zeros" and is_alone and gradual is None and loop.augment is None
+    is_compacted = hold == "zeros" and is_alone and changing is None and loop.augment is None
     small = (compact if is_compacted else whole)(held, context.splits)
     watcher = context.watch(context.stage, loop, len(context.splits.train))
     try:
@@ -79,13 +86,13 @@ def train(
             penalty=added,
             shrink=shrunk,
             select=select and context.stop is None,
-            gradual=gradual,
+            gradual=changing,
             stop=context.stop,
             watcher=watcher,
         )
     finally:
         watcher.close()
-    notes = pruner.notes(final_from(gradual, loop, num_batches)) if pruner else []
+    notes = pruner.notes(final_from(changing, loop, num_batches)) if pruner else []
     return Outcome(
         population=small.restore(trained.selected),
         did=((PENALIZED,) if penalty else ()) + ((MASKED,) if rule else ()) + ((SELECTED,) if select else ()),
