@@ -52,7 +52,7 @@ Shrink = Annotated[Call, Methods("sparsity.shrinking", positional=1, given=("str
 # what an importance may ask for beside the weight: what is computed for it over batches of train, or read off the graph
 COMPUTED = ("gradient", "squared_gradient", "curved_gradient", "curvature", "flow", "input_norm", "noise", "scale")
 ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", positional=1, given=COMPUTED)]
-COUPLING = ("unit_of_rows", "num_units", "unit_of_columns")  # what a unit across layers asks for
+COUPLING = ("unit_of_rows", "num_units", "unit_of_columns", "is_head")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
 CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]

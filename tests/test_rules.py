@@ -325,6 +325,39 @@ def test_coupled_channels_go_together():
     assert masks["fc.weight"][0].any(1).all() and not masks["one.bias"][0, 4]
 
 
+class Transformer(nn.Module):
+    """Attention over 4 patches of 8 numbers, by 4 heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(9, 8)
+        self.attend = nn.MultiheadAttention(8, 4, batch_first=True)
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, images):
+        patches = self.embed(images.unfold(2, 3, 3).unfold(3, 3, 3).reshape(len(images), 4, 9))
+        return self.fc((patches + self.attend(patches, patches, patches, need_weights=False)[0]).mean(1))
+
+
+def test_a_head_goes_with_its_queries_keys_and_values_and_nothing_else_does():
+    module = build(Transformer, (1, 6, 6), 3, 0)
+    population, given = stack([module], "cpu", torch.rand(2, 1, 6, 6)), context(module)
+    weak = [*range(2, 4), *range(10, 12), *range(18, 20)]  # of head 1: queries, keys, values
+    population.parameters["attend.in_proj_weight"][0, weak] *= 0.1
+    rule, found = scores(node(unit="head", cut="threshold"), population, given)
+    masks = masks_of(population, rule.at(torch.tensor([0.1])), given.graph.units, found)
+    assert (~masks["attend.in_proj_weight"][0].any(1)).nonzero().flatten().tolist() == weak
+    assert (~masks["attend.out_proj.weight"][0].any(0)).nonzero().flatten().tolist() == [2, 3]
+    assert masks["embed.weight"].all() and masks["fc.weight"].all()
+    all_gone = masks_of(population, rule.at(torch.tensor([1e9])), given.graph.units, found)
+    assert not all_gone["attend.in_proj_weight"].any() and all_gone["embed.weight"].all()
+
+
+def test_a_network_without_attention_has_no_heads(run):
+    with pytest.raises(ConfigError, match=r"unit=head finds no heads of attention"):
+        run("data=digits", "prune=coupled", "prune/unit=head")
+
+
 @pytest.mark.parametrize("name", ["layer", "global", "std"])
 def test_a_coupled_channel_goes_whole_whatever_the_cut(name):
     modules = [build(models.resnet20, (3, 8, 8), 3, seed) for seed in range(2)]
@@ -415,7 +448,8 @@ def test_a_floor_keeps_a_share_of_every_layer(run):
 COMBINED = [(i, u, c) for i in IMPORTANCES for u in UNITS for c in CUTS]
 COMBINED = [
     each for each in COMBINED
-    if (each[0] not in FOR_FILTERS or each[1] in ("filter", "filter_and_channel", "channel", "coupled"))
+    if each[1] != "head"  # of networks with attention
+    and (each[0] not in FOR_FILTERS or each[1] in ("filter", "filter_and_channel", "channel", "coupled"))
     and (each[0] not in FOR_ENTRIES or each[1] in ("entry", "kernel", "block", "n_of_m"))
     and (each[1] != "channel" or each[0] not in FOR_FILTERS)
 ]  # fmt: skip

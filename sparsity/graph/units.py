@@ -280,6 +280,15 @@ class Units:
         found = [(link, (link.units == unit).nonzero().flatten().tolist()) for link in self.links]
         return [(link.name, link.axis, index, link.role) for link, index in found if index]
 
+    @property
+    def heads(self) -> Tensor:
+        """Which units are blocks of a product of activations, such as heads of attention: bool [units]."""
+        found = torch.zeros(self.num_units, dtype=torch.bool)
+        for product in self.matmuls:
+            found[self.of[product.slots]] = True
+        found[0] = False
+        return found
+
     @staticmethod
     def none() -> "Units":
         """Those of a network of which nothing is known."""

@@ -124,6 +124,25 @@ def coupled(
     return [of(unit_of_rows, (2, 3))] + ([] if unit_of_columns is None else [of(unit_of_columns, (1, 3))])
 
 
+def head(
+    entries: Tensors,
+    *,
+    unit_of_rows: Tensors,
+    num_units: int,
+    is_head: Tensor,
+    unit_of_columns: Tensors | None = None,
+) -> list[Groups]:
+    """Heads of attention, with their queries, keys, values and what reads them; all else stays; Michel et al., 2019.
+
+    is_head: which units are heads, [units]; the others as of coupled channels.
+    """
+    rows, columns = (
+        given and {name: torch.where(is_head[units], units, 0) for name, units in given.items()}
+        for given in (unit_of_rows, unit_of_columns)
+    )
+    return coupled(entries, unit_of_rows=rows, num_units=num_units, unit_of_columns=columns)
+
+
 def scores_of_entries(groups: list[Groups]) -> Any:
     """What every entry scores by the groups that it is of: the least of their means."""
     first, *others = (each.spread(each.means) for each in groups)

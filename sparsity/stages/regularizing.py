@@ -155,8 +155,8 @@ def _groupings(node: Regularizer, names: Sequence[str], population: Population, 
     if not weights:
         raise ConfigError(f"reg.apply_to={node.apply_to} leaves {call.target.rpartition('.')[2]} no weights to part")
     if is_coupled(call.function):
-        coupling = coupling_of(population, weights, units)
-        given = {"unit_of_rows": coupling.rows, "unit_of_columns": coupling.columns, "num_units": coupling.num_units}
+        coupling = coupling_of(population, weights, units, call.function)
+        given = coupling.given_to(call.function, columns=True)
         return [Grouping(list(coupling.rows), call.partial(**given))]
 
     def of(name: str, views: Tensors) -> list[Groups]:

@@ -99,6 +99,13 @@ class Coupling:
     rows: Tensors
     columns: Tensors
     num_units: int
+    is_head: Tensor  # [units]
+
+    def given_to(self, unit: Callable[..., Any], *, columns: bool = False) -> dict[str, Any]:
+        """What a unit's function asks for; columns: whether units are to have groups of what reads them."""
+        found = {"unit_of_rows": self.rows, "num_units": self.num_units, "is_head": self.is_head}
+        found |= {"unit_of_columns": self.columns} if columns else {}
+        return {name: each for name, each in found.items() if name in inspect.signature(unit).parameters}
 
     def together(self, masks: Tensors) -> Tensors:
         """Masks [members, *view] by which a unit stays, and all that is of it, where one of its writers does."""
@@ -220,7 +227,7 @@ def scores_of(
     parameters = {name: population.parameters[name] for name in names}
     given = {key: {name: each[name] for name in names} for key, each in (computed or {}).items()}
     masks = {name: population.masks[name] for name in names if name in population.masks} if given else {}
-    coupling = coupling_of(population, names, units) if rule.is_coupled else None
+    coupling = coupling_of(population, names, units, rule.unit.function) if rule.is_coupled else None
     fixed = _fixed(population, rule, units) if "fixed" in _asked(rule.unit) and units is not None else {}
 
     def one(
@@ -232,7 +239,7 @@ def scores_of(
         for name, mask in masks.items():  # what is masked goes before all else, as its 0 does of magnitude
             entries[name] = torch.where(to_view(mask, layouts[name]), entries[name], rule.least)
         if coupling is not None:
-            given = {"unit_of_rows": coupling.rows, "num_units": coupling.num_units}
+            given = coupling.given_to(rule.unit.function)
             return entries, {**entries, **scores_of_entries(rule.unit.function(entries, **given, **of_unit))}
         own = {name: {"fixed": fixed[name]} if name in fixed else {} for name in views}
         groups = {name: rule.unit.function(each, **own[name], **of_unit) for name, each in entries.items()}
@@ -320,10 +327,17 @@ def is_coupled(unit: Callable[..., Any]) -> bool:
     return nodes.COUPLING[0] in inspect.signature(unit).parameters
 
 
-def coupling_of(population: Population, names: Sequence[str], units: Units | None) -> Coupling:
-    """The units of the network that the named weights write and read; those of outputs and of images are none."""
+def coupling_of(
+    population: Population, names: Sequence[str], units: Units | None, function: Callable[..., Any]
+) -> Coupling:
+    """The units of the network that the named weights write and read; those of outputs and of images are none.
+
+    function: the unit's, which says whether it is of heads alone.
+    """
     if units is None:
         raise ConfigError("unit=coupled needs the units of the network, which are not known: take unit=filter")
+    if "is_head" in inspect.signature(function).parameters and not units.heads.any():
+        raise ConfigError("unit=head finds no heads of attention in the network: take unit=coupled, or unit=filter")
     rows, columns = {}, {}
     stays = torch.zeros(units.num_units, dtype=torch.bool)
     stays[units.of[torch.cat([units.outputs, units.frozen, units.inputs])]] = True
@@ -341,7 +355,7 @@ def coupling_of(population: Population, names: Sequence[str], units: Units | Non
         columns[name] = own[units.of[layer.ins]].view(groups, inputs)
     device = population.device
     placed = ({name: each.to(device) for name, each in found.items()} for found in (rows, columns))
-    return Coupling(*placed, units.num_units)
+    return Coupling(*placed, units.num_units, units.heads.to(device))
 
 
 def _fixed(population: Population, rule: AppliedRule, units: Units) -> Tensors:
