@@ -35,15 +35,31 @@ def digits(
     even = 2 * draws - 1
     angle, factor = even[:, 0] * (rotation * math.pi / 180), 1 + even[:, 1] * scale
     cosine, sine = angle.cos() / factor, angle.sin() / factor
-    along = [even[:, 2] * (2 * shift / width), even[:, 3] * (2 * shift / height)]
-    # a turn in pixels, of coordinates that go from -1 to 1 along either axis
-    matrix = torch.stack([cosine, -sine * height / width, along[0], sine * width / height, cosine, along[1]], 1)
-    grid = F.affine_grid(matrix.view(-1, 2, 3), list(images.shape), align_corners=False)
-    if elastic:
-        field = even[:, 4:].view(-1, 2, FIELD, FIELD)
-        field = F.interpolate(field, (height, width), mode="bilinear", align_corners=True)
-        grid = grid + torch.stack([field[:, 0] * (2 * elastic / width), field[:, 1] * (2 * elastic / height)], 3)
-    return F.grid_sample(images, grid, align_corners=False)
+    fields = even[:, 4:].view(-1, 2, FIELD * FIELD) * elastic
+    # a turn in pixels, of coordinates that go from -1 to 1 along either axis; then shift and field, in pixels
+    along = [cosine, -sine * height / width, even[:, 2] * (2 * shift / width)]
+    down = [sine * width / height, cosine, even[:, 3] * (2 * shift / height)]
+    numbers = [torch.stack(along, 1), fields[:, 0] * (2 / width), torch.stack(down, 1), fields[:, 1] * (2 / height)]
+    grid = torch.cat(numbers, 1) @ _places(height, width, images)
+    return F.grid_sample(images, grid.view(-1, height, width, 2), align_corners=False)
+
+
+def _places(height: int, width: int, like: Tensor) -> Tensor:
+    """Where pixels are taken from, as a linear function of numbers: [2 · (3 + points of a field), height · width · 2].
+
+    Half of the numbers say where along each axis: by both coordinates, by 1, and by the points of a field between which
+    it is smooth. One product is several times faster than building each image's field.
+    """
+    points = torch.eye(FIELD * FIELD, dtype=like.dtype, device=like.device).view(-1, 1, FIELD, FIELD)
+    fields = F.interpolate(points, (height, width), mode="bilinear", align_corners=True).squeeze(1)
+    across, down = (
+        (2 * torch.arange(size, dtype=like.dtype, device=like.device) + 1) / size - 1 for size in (width, height)
+    )
+    plain = [across.expand(height, width), down.unsqueeze(1).expand(height, width), torch.ones_like(fields[0])]
+    one = torch.cat([torch.stack(plain), fields])
+    nothing = torch.zeros_like(one)
+    both = torch.cat([torch.stack([one, nothing], 3), torch.stack([nothing, one], 3)])
+    return both.flatten(1)
 
 
 def flip_crop(images: Tensor, draws: Tensor, *, padding: Count) -> Tensor:

@@ -20,10 +20,8 @@ REGULARIZERS = [
     name for name in choices("reg") if OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml").penalty is not None
 ]
 SHRINKING = [name for name in choices("reg") if "shrink" in OmegaConf.load(ROOT / "conf" / "reg" / f"{name}.yaml")]
-NOT_ALONE = ("entry", "filter_and_channel", "coupled", "head")  # the entries, computed in one, and those across layers
+NOT_ALONE = ("entry", "filter_and_channel", "coupled", "head")  # entries, computed in one, and those across layers
 OVER_UNITS = [f"hs/{name}" for name in choices("reg/unit") if name not in NOT_ALONE]
-    f"hs/{name}" for name in choices("reg/unit") if name not in ("entry", "filter_and_channel", "coupled", "head")
-]
 RULES = [name for name in choices("prune") if name != "n_of_m"]  # which never keeps all
 
 

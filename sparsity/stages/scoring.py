@@ -72,10 +72,8 @@ class _Scorer:
 
     def fresh(self) -> Population:
         """The population with leaves of its own that record gradients, and buffers of its own."""
-        population = self.population.clone()
-        for name in self.names:
-            population.parameters[name].requires_grad_()
-        return population
+        wanted = {name: self.population.parameters[name].clone().requires_grad_() for name in self.names}
+        return replace(self.population.clone(), parameters=self.population.parameters | wanted)
 
     def losses(
         self, population: Population, batch: Images, labels: Tensor | None = None, loss: Loss | None = None
@@ -88,9 +86,11 @@ class _Scorer:
     def mean(self, of_batch: Callable[[Population, Images], Sequence[Tensor]]) -> Tensors:
         """The mean over batches of what a function gives of each, a tensor for each of the names."""
         sums: list[Tensor] | None = None
+        fresh = self.fresh()
         for batch in self.batches:
-            found = of_batch(self.fresh(), batch)
-            sums = list(found) if sums is None else [total + each for total, each in zip(sums, found)]
+            buffers = {name: buffer.clone() for name, buffer in self.population.buffers.items()}
+            found = of_batch(replace(fresh, buffers=buffers), batch)
+            sums = list(found) if sums is None else [total.add_(each) for total, each in zip(sums, found)]
         return {name: total / len(self.batches) for name, total in zip(self.names, sums)}
 
     def views(self, found: Tensors) -> Tensors:
