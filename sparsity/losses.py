@@ -41,5 +41,6 @@ def distill(
     T: the temperature; T² keeps the gradients of both at one scale whatever it is.
     """
     wanted, found = (torch.log_softmax(each / temperature, 1) for each in (teacher, outputs))
-    divergence = (wanted.exp() * (wanted - found)).sum(1).mean()
-    return (1 - share) * F.cross_entropy(outputs, labels) + share * temperature**2 * divergence
+    # factors of the teacher's shares, not of the sum, are none of the gradient's work
+    shares = wanted.exp() * (share * temperature**2 / len(outputs))
+    return (1 - share) * F.cross_entropy(outputs, labels) + (shares * (wanted - found)).sum()
