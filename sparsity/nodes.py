@@ -55,7 +55,8 @@ ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", posi
 COUPLING = ("unit_of_rows", "num_units", "unit_of_columns", "is_head")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
 CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
-LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels"))]
+TEACHER = "teacher"  # what a loss asks for to get a trained network's outputs on the same images
+LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels", TEACHER))]
 AugmentFunction = Annotated[Call, Methods("sparsity.augmentation", positional=2)]
 Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
 StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
@@ -159,10 +160,29 @@ class Regrow:
 
 
 @dataclass(frozen=True)
+class Model:
+    """The network, and the weights that it starts from."""
+
+    factory: Factory
+    weights: str | None
+    head: Literal["new"] | None = None  # new: the last layer is drawn, not read, for another number of classes
+
+
+@dataclass(frozen=True)
 class Loss:
     """What training minimises, beside the penalty."""
 
     function: LossFunction
+    teacher: str | None = None  # a weights file, or the folder of a run, of the network that the function asks for
+    teacher_model: Model | None = None  # whose it is
+
+    @property
+    def asks_for_teacher(self) -> bool:
+        """Whether the function takes a teacher's outputs."""
+        try:
+            return TEACHER in inspect.signature(self.function.function).parameters
+        except (TypeError, ValueError):  # of a function that does not say what it takes
+            return False
 
 
 @dataclass(frozen=True)

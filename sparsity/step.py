@@ -14,7 +14,9 @@ from torch.func import functional_call
 from sparsity.capture import Function, Replayed, Way
 from sparsity.data import Images, Splits, cut, lies_on, select
 from sparsity.losses import cross_entropy
+from sparsity.nodes import TEACHER
 from sparsity.population import Population, over_members
+from sparsity.teachers import Teacher
 from sparsity.tensors import Tensors
 
 
@@ -48,6 +50,7 @@ class Loss:
 
     function: Callable[..., Tensor]  # one member's outputs and labels, and its numbers by keyword, to a scalar
     numbers: Tensors = field(default_factory=dict)
+    teacher: Teacher | None = None  # whose outputs the function is given too
 
 
 CROSS_ENTROPY = Loss(cross_entropy)
@@ -89,6 +92,8 @@ class Step:
         self.decay = None if penalty is None else penalty.decay
         self.shrink, self.strength = shrink, None if shrink is None else torch.zeros_like(shrink.decay)
         self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
+        # a teacher's outputs are kept, unless every step sees other images
+        self.taught = None if loss.teacher is None or augment is not None else loss.teacher.kept
         moved = _moved(population, splits, penalty, loss, precision)
         self.optimizer = optimizer(list(moved.values()))
         if not can_be_recorded(self.optimizer):
@@ -108,7 +113,9 @@ class Step:
             _update(self.optimizer, moved, self.held, population.masks, _shrinking(shrink, self.strength, population)),
         ]
         if self.gathers:
-            functions.insert(0, _gathered(self.train))
+            here = self.taught is not None and self.taught.device == self.device
+            functions.insert(0, _gathered(self.train, self.taught if here else None))
+            self.taught = None if here else self.taught
         self.whole = _replayed(functions, way, population, self.optimizer)
 
     def batches(self, order: Tensor, batch_size: int, drawn: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
@@ -123,7 +130,10 @@ class Step:
         start = 0
         for batch in found:
             end = start + batch[-1].shape[1]
-            yield batch if drawn is None else (*batch, drawn[:, start:end].to(self.device))
+            more = () if drawn is None else (drawn[:, start:end].to(self.device),)
+            if self.taught is not None:
+                more = (select(self.taught, order[:, start:end].to(self.taught.device)).to(self.device),)
+            yield (*batch, *more)
             start = end
 
     def __call__(self, *arguments: Tensor) -> Tensor:
@@ -212,9 +222,14 @@ def leaves(population: Population) -> Population:
 # --- the three functions: each takes what the one before gives -------------------------------------------------------
 
 
-def _gathered(train: Images) -> Function:
-    """An index [members, batch] to its images and labels."""
-    return lambda index, *drawn: [select(train.images, index), train.labels[index], *drawn]
+def _gathered(train: Images, taught: Tensor | None) -> Function:
+    """An index [members, batch] to its images and labels, and a teacher's outputs on them where they are kept."""
+
+    def gathered(index: Tensor, *more: Tensor) -> list[Tensor]:
+        given = [] if taught is None else [select(taught, index)]
+        return [select(train.images, index), train.labels[index], *given, *more]
+
+    return gathered
 
 
 def _gradients(
@@ -228,16 +243,17 @@ def _gradients(
 ) -> Function:
     """Images and labels [members, batch, …] to the members' losses [members] and their gradients.
 
-    Images are augmented before, by the numbers drawn for each. through: masks as numbers, that the forward pass is
-    under, and that gradients pass as if they were not there.
+    Images are augmented before, by the numbers drawn for each; a teacher then sees what the members see. through:
+    masks as numbers, that the forward pass is under, and that gradients pass as if they were not there.
     """
     losses_of_batch = losses_of(population, splits, loss, precision, through)
 
-    def gradients(images: Tensor, labels: Tensor, *drawn: Tensor) -> list[Tensor]:
+    def gradients(images: Tensor, labels: Tensor, *more: Tensor) -> list[Tensor]:
         if augment is not None:
-            images = augmented(augment, images, *drawn)
+            images = augmented(augment, images, *more)
+            more = () if loss.teacher is None else (loss.teacher(images),)
         with torch.enable_grad():
-            losses = losses_of_batch(population.buffers, images, labels)
+            losses = losses_of_batch(population.buffers, images, labels, *more)
             # no member's gradient depends on another's loss
             found = torch.autograd.grad(losses.sum(), list(moved.values()), materialize_grads=True)
         return [losses.detach(), *found]
@@ -341,22 +357,27 @@ def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 def losses_of(
     population: Population, splits: Splits, loss: Loss, precision: torch.dtype, through: Tensors | None = None
 ) -> Function:
-    """The members' losses [members], as a function of their buffers and a batch of raw images and labels."""
+    """The members' losses [members], as a function of their buffers and a batch of raw images and labels.
+
+    Of a loss with a teacher it takes the teacher's outputs [members, batch, classes] too. through: as of `_gradients`.
+    """
     module, arrange, own = population.module, arrangement(population), population.parameters
 
     def parameters_now() -> Tensors:
-        return {
-            **own,
-            **{name: own[name] + (own[name] * f - own[name]).detach() for name, f in (through or {}).items()},
-        }
+        masked = {name: own[name] + (own[name] * each - own[name]).detach() for name, each in (through or {}).items()}
+        return own | masked
 
-    def one(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor, numbers: Tensors) -> Tensor:
+    def one(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor, named: Tensors) -> Tensor:
         found = outputs(module, parameters, buffers, images, precision).float()
-        return loss.function(outputs=found, labels=labels, **numbers)
+        return loss.function(outputs=found, labels=labels, **named)
 
     mapped = over_members(one, population.num_members, (0,) * 5)
-    return lambda buffers, images, labels: mapped(
-        parameters_now(), buffers, arrange(splits.scale(images)), labels, loss.numbers
+    return lambda buffers, images, labels, *taught: mapped(
+        parameters_now(),
+        buffers,
+        arrange(splits.scale(images)),
+        labels,
+        loss.numbers | dict(zip([TEACHER], taught)),
     )
 
 
@@ -380,9 +401,11 @@ def _moved(
     population.module.train()
     (batch,) = splits.train.batches(torch.zeros(population.num_members, 1, dtype=torch.long), 1)
     images, labels = (_repeated(each, num_images) for each in (batch.images, batch.labels))
+    size = (population.num_members, num_images, splits.num_classes)
+    taught = () if loss.teacher is None else (torch.zeros(size, device=population.device),)
     buffers = {name: buffer.clone() for name, buffer in population.buffers.items()}
     with torch.random.fork_rng(devices=cuda_devices(population)):
-        losses = losses_of(population, splits, loss, precision)(buffers, images, labels)
+        losses = losses_of(population, splits, loss, precision)(buffers, images, labels, *taught)
         return _reached((losses + _penalties(population, penalty)()).sum(), population.trainable)
 
 

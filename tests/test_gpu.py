@@ -10,6 +10,7 @@ from conftest import choices
 from test_augmentation import run as augmented
 from test_rules import FOR_FILTERS, IMPORTANCES, UNITS
 from test_step import check_same, trained
+from test_teachers import taught, turned
 from test_training import generators, linear, loop, network, splits
 
 from sparsity import capture, models
@@ -165,6 +166,14 @@ def test_every_unit_goes_there(unit, captures):
 @pytest.mark.parametrize("name", [name for name in choices("augment") if name != "none"])
 def test_a_captured_step_augments_anew(name, captured, caplog):
     results = [augmented(name, [network(seed=seed) for seed in range(2)], range(2), way, 4, GPU) for way in WAYS]
+    assert captured and "cannot be recorded" not in caplog.text
+    check_same(*results)
+
+
+@pytest.mark.parametrize("augment", [None, turned])
+def test_a_captured_step_learns_from_a_teacher(augment, captured, caplog):
+    members = [network(seed=seed) for seed in range(2)]
+    results = [taught(members, way, augment, GPU, epochs=4) for way in WAYS]
     assert captured and "cannot be recorded" not in caplog.text
     check_same(*results)
 

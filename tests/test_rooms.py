@@ -13,7 +13,7 @@ LEVELS = [
     {"errors", "processes", "kinds", "uses", "front", "memory", "streams", "schedules"},
     {"files", "tensors", "tables", "nodes", "limits"},
     {"models", "data", "losses", "augmentation", "regularizers", "shrinking", "pruning", "graph", "capture"},
-    {"population", "weights"},
+    {"population", "weights", "teachers"},
     {"step"},
     {"evaluation"},
     {"training", "accounting", "compaction"},

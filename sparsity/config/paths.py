@@ -8,7 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-PATHS = ("model.weights", "data.root", "store")  # keys of a config that name files or folders
+PATHS = ("model.weights", "data.root", "store", "loss.teacher")  # keys of a config that name files or folders
 OPTIONS = ("--config-dir", "-cd", "--config-path", "-cp")  # of the command line, likewise
 SETTING = re.compile(r"([\w.@/+-]+=)(.*)", re.DOTALL)
 AT_HOME = re.compile(r"([a-z+]+:///)?~(/.*)?", re.DOTALL)  # sqlite:///~/studies.db too

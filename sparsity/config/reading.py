@@ -16,13 +16,14 @@ from sparsity.config.outside import bring_in
 from sparsity.config.recipe import Readers, check_written, resolved
 from sparsity.config.schema import RULE, SEARCHED, Run, Stage
 from sparsity.config.signatures import marked
+from sparsity.config.teachers import check_teacher, with_teachers
 from sparsity.config.trust import check_trust, patterns
 from sparsity.config.typed import check, check_names
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES
 from sparsity.kinds import OWN_SHARE
 from sparsity.limits import Budget
-from sparsity.nodes import Regularizer, Rule, sensitivity_range
+from sparsity.nodes import Loss, Regularizer, Rule, sensitivity_range
 
 
 def read(
@@ -57,6 +58,7 @@ def read(
         raise ConfigError(f"{error.full_key or 'the config'}: {str(error).splitlines()[0]}") from error
     except RecursionError as error:
         raise ConfigError("the config: some value refers to what holds it: take that out") from error
+    node = with_teachers(node)
     bring_in(node, trust, folder)
     run = check("", {**node, "recipe": [], "name": name}, Run, patterns(trust))
     check_trust(run.trust, trust)
@@ -95,6 +97,11 @@ def one_strength(config: DictConfig, typed: Sequence[str]) -> None:
 def _check_together(run: Run, nodes: Mapping[str, Any]) -> None:
     """What no single key can get wrong; nodes: of the recipe, listed or not."""
     _check_trained(run, nodes)
+    check_teacher(run.loss, "loss", is_used=False)
+    for stage in run.recipe:
+        for argument, value in stage.call.numbers.items():
+            if isinstance(value, Loss):
+                check_teacher(value, _source(stage, argument))
     for layer in run.prune.layers:
         if layer in run.prune.exclude:
             raise ConfigError(f"prune.layers.{layer} does nothing, as prune.exclude names {layer} too: drop one")
@@ -273,8 +280,8 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
     lines = []
     for key in keys:
-        place = key.replace("/", ".")  # of a group in a group
-        if is_of_stages(key) and (not readers.is_read(place) or (_is_of_ramp(key) and not _rises(run))):
+        place = key.rpartition("@")[2].replace("/", ".")  # of a group in a group, or of one in another's place
+        if is_of_stages(place) and (not readers.is_read(place) or (_is_of_ramp(key) and not _rises(run))):
             lines.append(f"{key} does nothing: {_why_idle(place, run, readers)}")
         elif key == "reg.decay" and run.reg.method is None and run.reg.decay:
             lines.append(f"reg.decay={run.reg.decay:g} does nothing: reg={run.name.get('reg')} has no penalty")
@@ -294,7 +301,8 @@ def idle_settings(run: Run, composed: DictConfig, overrides: Sequence[str]) -> l
 def unread(composed: DictConfig, keys: Collection[str]) -> set[str]:
     """Those of some keys that are of use to stages alone, and that no listed stage of a composed config reads."""
     readers = Readers(OmegaConf.to_container(composed, resolve=False))
-    return {key for key in keys if is_of_stages(key) and not readers.is_read(key.replace("/", "."))}
+    places = {key: key.rpartition("@")[2].replace("/", ".") for key in keys}
+    return {key for key, place in places.items() if is_of_stages(place) and not readers.is_read(place)}
 
 
 # Keys that are read whatever the stages are; all others are of use to the stages that read them.

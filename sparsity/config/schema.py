@@ -7,18 +7,9 @@ from typing import Annotated, Any, Literal
 from sparsity.front import OBJECTIVES
 from sparsity.kinds import NonNegative, Positive, PositiveCount, Range, Seed
 from sparsity.limits import Budget
-from sparsity.nodes import Augment, Average, Call, Factory, Loader, Loss, Optimizer, Regularizer, Rule, StageSchedule
+from sparsity.nodes import Augment, Average, Call, Loader, Loss, Model, Optimizer, Regularizer, Rule, StageSchedule
 
 Objectives = list[Literal[tuple(OBJECTIVES)]]
-
-
-@dataclass(frozen=True)
-class Model:
-    """The network, and the weights that it starts from."""
-
-    factory: Factory
-    weights: str | None
-    head: Literal["new"] | None = None  # new: the last layer is drawn, not read, for another number of classes
 
 
 @dataclass(frozen=True)

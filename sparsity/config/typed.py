@@ -161,12 +161,14 @@ def _check_lengths(key: str, function: Callable[..., Any], numbers: dict[str, An
             raise ConfigError(f"{join(key, name)} must be a list of {len(usual)} numbers, got {value!r}")
 
 
+GROUPS = {"loss.teacher_model": "model@loss.teacher_model"}  # by a key that holds a choice of a group elsewhere
 HYDRAS = ("_args_", "_convert_", "_recursive_")  # keys of Hydra's, which mean nothing here
 
 
 def not_keys(key: str, value: Any) -> str:
     """What is wrong with a value in the place of keys, and how a group's choice is typed."""
-    typed = f": a choice of a group is typed {key.replace('.', '/')}={value}" if isinstance(value, str) else ""
+    group = GROUPS.get(key, key.replace(".", "/"))
+    typed = f": a choice of a group is typed {group}={value}" if isinstance(value, str) else ""
     return f"{key} must be a group of keys, got {value!r}{typed}"
 
 

@@ -31,6 +31,7 @@ from sparsity.experiment.members import first_population, members_at_a_time
 from sparsity.experiment.plan import planned
 from sparsity.experiment.precision import PRECISIONS, precision_of
 from sparsity.experiment.record import Record
+from sparsity.experiment.teachers import teachers_of
 from sparsity.graph import trace
 from sparsity.limits import Budget
 from sparsity.nodes import EACH, Call
@@ -140,7 +141,7 @@ def _groups(jobs: Mapping[int, Job]) -> list[list[int]]:
 
 def _kind_of(run: config.Run) -> str:
     """All that members of one population have in common, as text."""
-    own = (*config.SEARCHED, "sensitivity", "budget", "ramp", "seed", "name", "plots")  # which stages have read
+    own = (*config.SEARCHED, "loss", "sensitivity", "budget", "ramp", "seed", "name", "plots")  # which stages have read
     shared = {each.name: getattr(run, each.name) for each in dataclasses.fields(run) if each.name not in own}
     return json.dumps(_alike(shared, False), default=str)
 
@@ -156,7 +157,10 @@ def _alike(value: Any, is_each: bool) -> Any:
     if isinstance(value, Call):
         return [value.target, _alike(value.numbers, is_each)]
     if dataclasses.is_dataclass(value):
-        found = {each.name: _alike(getattr(value, each.name), is_each) for each in dataclasses.fields(value)}
+        found = {
+            each.name: _alike(getattr(value, each.name), is_each and each.name != "teacher_model")
+            for each in dataclasses.fields(value)
+        }
         return found if not is_each else {name: entry for name, entry in found.items() if name != "search"}
     if isinstance(value, Mapping):
         return {name: _alike(entry, is_each) for name, entry in value.items()}
@@ -281,6 +285,7 @@ def _record(
     runs = [job.run for job in jobs]
     population, warnings = first_population(runs, splits, device)
     first = runs[0]
+    teachers, said = teachers_of(first, splits, device)
     context = Context(
         splits=splits,
         seeds=[run.seed for run in runs],
@@ -291,8 +296,9 @@ def _record(
         image_bytes=image_bytes(population, splits),
         watch=console.watch,
         choices=first.name,
+        teachers=teachers,
     )
     check_stages(planned(runs), population, context)
     record = Record(jobs, keys, context, population, kept, choose)
-    record.warn_all(warnings)
+    record.warn_all([*warnings, *said])
     return record

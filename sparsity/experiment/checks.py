@@ -13,7 +13,7 @@ from sparsity.errors import ConfigError, DataError, SparsityError, reason
 from sparsity.experiment.plan import Planned
 from sparsity.limits import Budget
 from sparsity.models import check_fits
-from sparsity.nodes import sensitivity_range
+from sparsity.nodes import TEACHER, sensitivity_range
 from sparsity.population import Population
 from sparsity.stages import Context
 from sparsity.stages.pruning import scored
@@ -92,10 +92,11 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
     """Refuses a loss, a penalty or a rule that fails on the population; changes nothing."""
     try:
         if stage.losses:
-            loss, num_classes = loss_of(stage.losses, population.device), context.splits.num_classes
-            outputs = torch.zeros(2, num_classes, device=population.device)
-            numbers = {name: number[0] for name, number in loss.numbers.items()}
-            value = loss.function(outputs=outputs, labels=torch.arange(2, device=population.device), **numbers)
+            device, num_classes = population.device, context.splits.num_classes
+            loss, outputs = loss_of(stage.losses, device, context.teachers), torch.zeros(2, num_classes, device=device)
+            named = {name: number[0] for name, number in loss.numbers.items()}
+            named |= {} if loss.teacher is None else {TEACHER: outputs}
+            value = loss.function(outputs=outputs, labels=torch.arange(2, device=device), **named)
             if value.shape != ():
                 key = f"{stage.key('loss')}.function"
                 raise ConfigError(f"{key} must give a scalar, got one of shape {list(value.shape)}")
@@ -130,7 +131,7 @@ def _scored(stage: Planned, rule: AppliedRule, population: Population, context: 
     """The scores of a rule by one small batch."""
     importance = stage.rules[0].importance
     little = replace(importance, batches=min(1, importance.batches), batch_size=min(2, importance.batch_size))
-    losses = loss_of(stage.losses, population.device)
+    losses = loss_of(stage.losses, population.device, context.teachers)
     return scored(population.map(torch.Tensor.detach), rule, little, context, losses, context.generators())
 
 

@@ -9,7 +9,7 @@ from sparsity import store
 from sparsity.config import START, Run, Stage
 from sparsity.config.signatures import marked
 from sparsity.files import file_digest
-from sparsity.nodes import STATE, Call, Regularizer
+from sparsity.nodes import STATE, TEACHER, Call, Loss, Regularizer
 
 # The code of a stage is every file of this package but those that change no number. What is left counts in a member's
 # first stage, and so in all later ones; what some stages use counts in those alone.
@@ -19,6 +19,8 @@ NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "e
 NO_NUMBERS += ("experiment.closing", "experiment.job", "experiment.views")
 # what counts in the stages that use it alone
 OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction")
+
+READS = "weights"  # the room that counts where a file of weights is read
 
 
 class Key(NamedTuple):
@@ -35,7 +37,7 @@ def stage_keys(run: Run, data: str, device: str, precision: str) -> dict[str, Ke
     """
     place = {"format": store.FORMAT, "data": data, "device": device, "precision": precision, "seed": run.seed}
     before: Any = {"model": _call(run.model.factory), "weights": run.model.weights and _weights(run.model.weights)}
-    before["code"] = store.our_code((*NO_NUMBERS, *OF_SOME, *(() if run.model.weights else ("weights",))))
+    before["code"] = store.our_code((*NO_NUMBERS, *OF_SOME, *(() if run.model.weights else (READS,))))
     before |= {} if run.model.head is None else {"head": run.model.head}
     keys: dict[str, Key] = {}
     for stage in run.recipe:
@@ -71,7 +73,9 @@ def _own(stage: Stage) -> dict[str, Any]:
     rooms = {call.target.split(".")[1] for call in _calls(stage.call) if call.target.startswith("sparsity.")}
     rooms |= {"limits", "budgets", "accounting"} if "budget" in numbers else set()
     rooms |= {"compaction"} if numbers.get("hold") == "zeros" else set()
-    others = {room.partition(".")[0] for room in store.our_code()} - (rooms & set(OF_SOME))
+    losses = [value for value in stage.call.numbers.values() if isinstance(value, Loss)]
+    rooms |= {READS} if any(loss.teacher for loss in losses) else set()
+    others = {room.partition(".")[0] for room in store.our_code()} - (rooms & {*OF_SOME, READS})
     return {"function": {**_call(stage.call), "numbers": numbers}, "code": store.our_code(others)}
 
 
@@ -81,6 +85,11 @@ def _plain(value: Any) -> Any:
         return _call(value)
     if isinstance(value, Regularizer) and value.method is None:
         return None  # its other numbers are of no use
+    if isinstance(value, Loss):
+        found = {"function": _call(value.function)}
+        if value.teacher is not None:  # what it is, wherever it lies
+            found[TEACHER] = {"weights": _weights(value.teacher), "model": _call(value.teacher_model.factory)}
+        return found
     if is_dataclass(value):
         return {each.name: _plain(getattr(value, each.name)) for each in fields(value) if each.name != "search"}
     if isinstance(value, list | tuple):

@@ -71,7 +71,7 @@ def members_at_a_time(
         return members
     if members == 1 or stacked is False:
         return 1
-    obstacle = _obstacle(population, trained, context.splits)
+    obstacle = _obstacle(population, trained, context)
     if obstacle is not None:
         log.info(f"{members} members are trained one after another: {obstacle}")
         return 1
@@ -88,14 +88,14 @@ def members_at_a_time(
     return fitting
 
 
-def _obstacle(population: Population, trained: Sequence[tuple[Planned, Loop]], splits: Splits) -> str | None:
+def _obstacle(population: Population, trained: Sequence[tuple[Planned, Loop]], context: Context) -> str | None:
     """Why members cannot be trained as one; a random forward pass, among others, cannot be mapped over them."""
     if not all(loop.elementwise for _, loop in trained):
         return "the optimizer would mix them"
     stage, loop = trained[0]
     try:
-        loss = loss_of(stage.take([0, 1]).losses, population.device)
-        try_step(population.take([0, 1]), splits, loop.precision, loss=loss)
+        loss = loss_of(stage.take([0, 1]).losses, population.device, context.teachers)
+        try_step(population.take([0, 1]), context.splits, loop.precision, loss=loss)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a custom module may raise
@@ -153,6 +153,6 @@ def _seconds(population: Population, stage: Planned, context: Context, loop: Loo
     splits = replace(context.splits, train=few, validation=None)
     nodes, units = stage.regularizers, context.graph.units
     penalty, shrink = (of(nodes, population, units) if nodes else None for of in (penalty_of, shrink_of))
-    loss = loss_of(stage.losses, population.device)
+    loss = loss_of(stage.losses, population.device, context.teachers)
     history = train(population, splits, loop, generators, loss=loss, penalty=penalty, shrink=shrink).history
     return min(row.seconds for row in history[1:] or history)

@@ -20,6 +20,7 @@ from sparsity.experiment.closing import causes, closing_lines
 from sparsity.experiment.folder import check_writable, finished, held, writing
 from sparsity.experiment.job import Job, Member
 from sparsity.experiment.keys import Key
+from sparsity.experiment.naming import beyond_plain
 from sparsity.experiment.plan import Planned, planned
 from sparsity.experiment.precision import precision_of
 from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of, population_of, tensors_of
@@ -31,11 +32,9 @@ from sparsity.stages import MASKED, PENALIZED, Context
 from sparsity.stages.rules import owner_of
 from sparsity.store import Kept, Store
 from sparsity.tables import say_parts
-from sparsity.weights import write_state
+from sparsity.weights import NETWORK, write_state
 
 log = logging.getLogger("sparsity")
-
-NETWORK = "model.safetensors"
 
 
 class Record:
@@ -60,6 +59,7 @@ class Record:
         self.run = jobs[0].run
         self.stages = planned([job.run for job in jobs])
         self.named = {name for stage in self.stages for name in stage.states}  # states that stages name
+        self.training = beyond_plain(self.run)  # now, as a teacher's file may go while members train
         self.start = time.perf_counter()
         self.members = [
             Member(job, key, population.member(index), warnings=[*job.notes])
@@ -361,6 +361,7 @@ class Record:
             "classes": self.splits.classes,
             "accuracy": accuracies(member.stages, member.given, member.histories),
             "selection": selection(member.stages),
+            "training": self.training,
             **results.describe_report(report),
             "seconds": {**member.seconds, "total": time.perf_counter() - self.start},
             "computed": member.computed,

@@ -189,7 +189,14 @@ def title(result: Mapping[str, Any]) -> str:
     config = result.get("config") or {}
     methods = [group for group, node in config.items() if isinstance(node, dict) and "search" in node]
     parts = [name.get("model"), name.get("data"), *(f"{group}={name.get(group)}" for group in sorted(methods)[::-1])]
+    parts += beyond(result)
     return f"{', '.join(map(str, parts))}: {test:.2%} test accuracy, {times} fewer weights"
+
+
+def beyond(result: Mapping[str, Any]) -> list[str]:
+    """What training did beyond a plain reproduction, such as loss=distill; results of the first versions lack it."""
+    training = result.get("training") or {}
+    return [f"{part}={name if isinstance(name, str) else name['model']}" for part, name in training.items()]
 
 
 def summary(result: Mapping[str, Any], folder: Path) -> list[str]:

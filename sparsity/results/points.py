@@ -199,6 +199,7 @@ def describe(point: Point, names: Sequence[str], base: Path) -> dict[str, Any]:
         "accuracy": {"validation": interval(VALIDATION), "test": interval(TEST)},
         **{name: _means(point, name) for name in ("compression", "macs", "nonzero")},
         "structure": [member.result.get("structure") for member in point.members],
+        "training": point.best.result.get("training") or {},
         "command": point.command,
     }
 

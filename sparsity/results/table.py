@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from sparsity.front import SIZES
-from sparsity.results import macs_left, near
+from sparsity.results import beyond, macs_left, near
 from sparsity.results.members import MemberFolder, canonical
 from sparsity.results.points import FEWEST, TEST, VALIDATION, Point, command, dominated_volume, front_of, points_of
 from sparsity.results.summaries import Summary
@@ -78,6 +78,9 @@ def show_front(summary: Summary) -> None:
     ]
     if any("removable" in point.best.result["macs"] for point in front):
         columns.insert(-2, Column("MACs removable", [_count(point, "macs.removable") for point in front], rank=4))
+    if any(beyond(point.best.result) for point in front):
+        named = [", ".join(beyond(point.best.result)) or "plain" for point in front]
+        columns.insert(-1, Column("training", named, rank=5, cut="end", least=12))
     if has_seeds:
         columns.insert(-1, Column("seeds", [str(len(point.members)) for point in front], rank=6))
     show_table(

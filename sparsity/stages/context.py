@@ -11,6 +11,7 @@ from sparsity.data import Splits
 from sparsity.errors import SparsityError
 from sparsity.graph import Graph
 from sparsity.population import Population
+from sparsity.teachers import Teacher
 from sparsity.training import Epoch, Loop, Watcher
 
 
@@ -30,6 +31,7 @@ class Context:
     choices: Mapping[str, str] = field(default_factory=dict)  # made in each group, for messages
     sources: Mapping[str, str] = field(default_factory=dict)  # of arguments: the keys that they are typed by
     states: Mapping[str, Population] = field(default_factory=dict)  # those that the stage names
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)  # by the weights file that a loss names
     stop: int | None = None  # the epoch after which training ends, whatever its schedule; None: the last
 
     def take(self, members: list[int]) -> "Context":

@@ -59,6 +59,13 @@ def shrink_of(nodes: Sequence[Regularizer], population: Population, units: Units
     return Shrink(function, _decay(nodes, device), method.numbers, _rise(nodes, device))
 
 
+def may_be_compacted(node: Regularizer) -> bool:
+    """Whether leaving out what is dead changes nothing of it: entries by themselves, or whole filters and channels."""
+    own = node.unit and node.unit.function.function
+    is_sized = node.penalty is not None and _asks_for_sizes(node.penalty.function)
+    return own in (None, unit.entry, unit.filter_and_channel) and not is_sized
+
+
 def total_penalty(
     function: Callable[..., Tensor], layouts: dict[str, Layout], names: list[str], groupings: Sequence[Grouping] = ()
 ) -> Callable[..., Tensor]:

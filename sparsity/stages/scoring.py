@@ -80,8 +80,10 @@ class _Scorer:
     ) -> Tensor:
         """The members' losses [members] on a batch; with other labels, or by another loss, where they are given."""
         labels = batch.labels if labels is None else labels
-        function = losses_of(population, self.context.splits, loss or self.loss, torch.float32)
-        return function(population.buffers, batch.images, labels)
+        loss = loss or self.loss
+        function = losses_of(population, self.context.splits, loss, torch.float32)
+        taught = () if loss.teacher is None else (loss.teacher(batch.images),)
+        return function(population.buffers, batch.images, labels, *taught)
 
     def mean(self, of_batch: Callable[[Population, Images], Sequence[Tensor]]) -> Tensors:
         """The mean over batches of what a function gives of each, a tensor for each of the names."""

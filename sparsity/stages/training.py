@@ -1,8 +1,9 @@
 """The stage that trains: every training stage of a recipe is this one, with other arguments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -22,9 +23,10 @@ from sparsity.stages.context import MASKED, PENALIZED, SELECTED, Context, Outcom
 from sparsity.stages.holding import Hold, holding
 from sparsity.stages.pruning import Pruner
 from sparsity.stages.regrowing import regrowth_of
-from sparsity.stages.regularizing import penalty_of, shrink_of
+from sparsity.stages.regularizing import may_be_compacted, penalty_of, shrink_of
 from sparsity.stages.rules import method_of
 from sparsity.step import CROSS_ENTROPY, Loss, can_be_recorded, convolves, is_elementwise
+from sparsity.teachers import Teacher
 from sparsity.training import Gradual, Loop
 from sparsity.training import train as run_loop
 
@@ -66,13 +68,13 @@ def train(
     loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss, augment)
     loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
-    minimised = loss_of(loss, population.device)
+    minimised = loss_of(loss, population.device, context.teachers)
     pruner = Pruner(rule, sensitivity, budget, held, context, minimised, comes_back=straight_through) if rule else None
     if pruner:
         changing = replace(gradual_of(pruner, curve, every, loop), straight_through=straight_through)
     else:
         changing = regrowth_of(regrow, held, context, loop, minimised) if regrow else None
-    is_alone = loop.elementwise and (not penalty or penalty[0].unit is None)  # every entry moves by itself
+    is_alone = loop.elementwise and (not penalty or may_be_compacted(penalty[0]))
     is_compacted = hold == "zeros" and is_alone and changing is None and loop.augment is None
     small = (compact if is_compacted else whole)(held, context.splits)
     watcher = context.watch(context.stage, loop, len(context.splits.train))
@@ -121,12 +123,14 @@ def final_from(gradual: Gradual, loop: Loop, num_batches: int) -> int:
 # --- from a config's nodes -------------------------------------------------------------------------------------------
 
 
-def loss_of(losses: Sequence[nodes.Loss] | None, device: torch.device) -> Loss:
-    """The loss of all members, one node a member."""
+def loss_of(
+    losses: Sequence[nodes.Loss] | None, device: torch.device, teachers: Mapping[str, Teacher] = MappingProxyType({})
+) -> Loss:
+    """The loss of all members, one node a member; they share one of the teachers."""
     if not losses:
         return CROSS_ENTROPY
-    method = method_of([each.function for each in losses], device)
-    return Loss(method.function, method.numbers)
+    method, path = method_of([each.function for each in losses], device), losses[0].teacher
+    return Loss(method.function, method.numbers, None if path is None else teachers[path])
 
 
 def loop_of(
@@ -146,7 +150,9 @@ def loop_of(
         name = str(context.choices.get("augment"))
         check_augmentation(changing.partial(), augment.draws, context.splits.input_shape, name)
     targets = [context.model, optimizer.target, *added, *(each.function.target for each in (losses or [])[:1])]
-    targets += [] if changing is None else [changing.target]
+    if changing is not None:  # a teacher then runs in the step
+        models = [each.teacher_model for each in losses or [] if each.teacher_model is not None]
+        targets += [changing.target, *(each.factory.target for each in models[:1])]
     made = partial(_optimizer, optimizer, schedule.lr, schedule.weight_decay)
     tried = _tried(made, context)
     num_steps = schedule.epochs * count_batches(len(context.splits.train), batch_size)

@@ -1,5 +1,6 @@
 """Weights files as runs write them, whole or not at all, and the networks that are made of them again."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -21,6 +22,7 @@ from sparsity.weights.reading import read_states
 log = logging.getLogger("sparsity")
 
 METADATA_KEY = "sparsity"  # in a safetensors file's metadata: JSON of what rebuilds the module
+NETWORK = "model.safetensors"  # in the folder of a run: what it came to
 
 
 def write_state(path: Path, state: Tensors, description: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,20 +52,12 @@ def load(path: str | Path, module: nn.Module | None = None) -> nn.Module:
 
 def _rebuild(path: str | Path) -> nn.Module:
     """The network that the file's metadata describe, if it is one of this package's."""
-    metadata: dict[str, str] = {}
-    if begins_as_safetensors(Path(path)):
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    if METADATA_KEY not in metadata:
+    about = described(path)
+    if about is None:
         raise WeightsError(f"path={path} does not say which network it is of: give load(path, module=…)")
-    try:
-        described = json.loads(metadata[METADATA_KEY])
-        numbers = dict(described["factory"])
-        package, _, name = numbers.pop("_target_").rpartition(".")
-        data = {"input_shape": tuple(described["input_shape"]), "num_classes": described["num_classes"]}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        line = f"path={path} describes its network by what no run writes: give load(path, module=…)"
-        raise WeightsError(line) from error
+    numbers = dict(about["factory"])
+    package, _, name = numbers.pop("_target_").rpartition(".")
+    data = {"input_shape": tuple(about["input_shape"]), "num_classes": about["num_classes"]}
     factory = vars(models).get(name)
     if package != models.__name__ or getattr(factory, "__module__", None) != package:
         raise WeightsError(f"path={path} is of {package}.{name}, not of this package: give load(path, module=…)")
@@ -71,3 +65,25 @@ def _rebuild(path: str | Path) -> nn.Module:
         return factory(**numbers, **data)
     except Exception as error:  # whatever numbers of a changed file may lead to
         raise WeightsError(f"path={path} describes a network that cannot be built: {reason(error)}") from error
+
+
+def described(path: str | Path, key: str = "path") -> dict[str, Any] | None:
+    """What a weights file says of its network, if a run wrote it: factory, input_shape, num_classes, classes, …
+
+    None of any other file; refuses a file that says what no run writes.
+    """
+    metadata: dict[str, str] = {}
+    if begins_as_safetensors(Path(path)):
+        with contextlib.suppress(safetensors.SafetensorError), safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        about = json.loads(metadata[METADATA_KEY])
+        is_known = isinstance(about["factory"]["_target_"], str) and isinstance(about["num_classes"], int)
+        if is_known and all(isinstance(size, int) for size in about["input_shape"]):
+            return about
+    except (ValueError, TypeError, KeyError):
+        pass
+    other = "load(path, module=…)" if key == "path" else "another"
+    raise WeightsError(f"{key}={path} describes its network by what no run writes: give {other}")
