@@ -97,5 +97,5 @@ def scoring(tell: Tell, setting: Setting, network: str, name: str) -> None:
         rule, generators = rule_of([node], [0.5], members), context.generators()
         while True:
             start = time.perf_counter()
-            scored(members, rule, node.importance, context, CROSS_ENTROPY, generators)
+            scored(members, rule, [node.importance], context, CROSS_ENTROPY, generators)
             tell(seconds=time.perf_counter() - start)

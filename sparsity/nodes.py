@@ -120,6 +120,7 @@ class Importance(Reading):
     function: ImportanceFunction
     of: Literal["any", "entries", "filters"]  # the units that it is meant for
     rounds: Annotated[int, Range(1, 10_000)]  # of scoring and pruning in turns, with ever less left
+    penalty: Regularizer | None = None  # whose penalty is in the loss that gradients are of
 
 
 @dataclass(frozen=True)

@@ -381,6 +381,12 @@ def losses_of(
     )
 
 
+def weighted(population: Population, penalty: Penalty | None) -> Tensor:
+    """decay · penalty of all members [members], at the parameters that there are."""
+    penalties = _penalties(population, penalty)()
+    return penalties if penalty is None else penalty.decay * penalties
+
+
 def _penalties(population: Population, penalty: Penalty | None) -> Function:
     """The members' penalties [members]."""
     if penalty is None:

@@ -20,6 +20,7 @@ from sparsity.pruning import cut, unit
 from sparsity.stages.pruning import Pruner, scored
 from sparsity.stages.rules import masks_of, rule_of
 from sparsity.step import CROSS_ENTROPY, Loss
+from sparsity.tensors import to_view
 
 
 def parts(kind):
@@ -79,7 +80,7 @@ def node(importance="magnitude", unit="entry", cut="global", **more):
 
 def scores(chosen, population, given, loss=CROSS_ENTROPY):
     rule = rule_of([chosen] * population.num_members, [0.5] * population.num_members, population)
-    return rule, scored(population, rule, chosen.importance, given, loss, given.generators())
+    return rule, scored(population, rule, [chosen.importance] * population.num_members, given, loss, given.generators())
 
 
 def whole_batch(chosen, batches=1):
@@ -251,6 +252,31 @@ def test_the_loss_that_is_trained_by_is_the_one_that_is_scored_by():
     one = scores(node("taylor"), stacked(module), context(module))[1]
     two = scores(node("taylor"), stacked(module), context(module), other)[1]
     torch.testing.assert_close(two.entries["fc.weight"], 2 * one.entries["fc.weight"])
+
+
+def test_the_penalty_may_be_in_the_gradient():
+    module = network()
+    reg = config.read(config.compose(["reg=l1", "reg.decay=0.01"])[0]).reg
+    chosen = whole_batch(node("taylor"))
+    both = replace(chosen, importance=replace(chosen.importance, penalty=reg))
+    population = stacked(module)
+    plain, added = (scores(each, population, context(module))[1].entries["fc.weight"] for each in (chosen, both))
+    weight = to_view(population.parameters["fc.weight"][0], population.layouts["fc.weight"])
+    data = splits().train
+    parameters = {name: p.detach().requires_grad_() for name, p in module.named_parameters()}
+    loss = loss_of(module, parameters, data.images, data.labels)
+    gradient = torch.autograd.grad(loss, parameters["fc.weight"])[0].view_as(weight)
+    torch.testing.assert_close(plain[0], (weight * gradient).abs(), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(added[0], (weight * (gradient + 0.01 * weight.sign())).abs(), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_the_penalty_in_the_gradient_as_typed(run):
+    few = ("prune=percentile", "prune/importance=taylor", "data=digits", "budget.compression=10")
+    one, other = (run(*few, f"prune.importance.penalty={text}") for text in ("null", "${reg}"))
+    assert one["nonzero"]["weights"] == other["nonzero"]["weights"] and one["keys"] != other["keys"]
+    with pytest.raises(ConfigError, match=r"prune.importance.penalty.* does nothing"):
+        run("prune=percentile", "+prune.importance.penalty=${reg}")
 
 
 # --- units -----------------------------------------------------------------------------------------------------------

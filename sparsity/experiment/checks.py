@@ -129,8 +129,8 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
 
 def _scored(stage: Planned, rule: AppliedRule, population: Population, context: Context) -> Scores:
     """The scores of a rule by one small batch."""
-    importance = stage.rules[0].importance
-    little = replace(importance, batches=min(1, importance.batches), batch_size=min(2, importance.batch_size))
+    importances = [rule.importance for rule in stage.rules]
+    little = [replace(each, batches=min(1, each.batches), batch_size=min(2, each.batch_size)) for each in importances]
     losses = loss_of(stage.losses, population.device, context.teachers)
     return scored(population.map(torch.Tensor.detach), rule, little, context, losses, context.generators())
 

@@ -15,6 +15,7 @@ from sparsity.limits import Budget, Counts, Limits, part
 from sparsity.nodes import Each, sensitivity_range
 from sparsity.population import Population
 from sparsity.stages.context import MASKED, Context, Outcome
+from sparsity.stages.regularizing import penalty_of
 from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, scores_of, stds_of, thresholds_of
 from sparsity.stages.scoring import computed
 from sparsity.step import CROSS_ENTROPY, Loss
@@ -51,14 +52,16 @@ def _masked(population: Population, masks: Tensors) -> Population:
 def scored(
     population: Population,
     rule: AppliedRule,
-    importance: nodes.Importance,
+    importances: Sequence[nodes.Importance],
     context: Context,
     loss: Loss,
     generators: Sequence[torch.Generator],
 ) -> Scores:
-    """What the parameters score that a rule is applied to, with all that its importance asks for."""
-    asked, names = rule.asks_for, rule.names
-    found = computed(population, names, asked, importance, context, loss, generators) if asked else {}
+    """What the parameters score that a rule is applied to, with all that its importance asks for; one node a member."""
+    asked, names, first = rule.asks_for, rule.names, importances[0]
+    added = [each.penalty for each in importances if each.penalty is not None]
+    penalty = penalty_of(added, population, context.graph.units) if added else None
+    found = computed(population, names, asked, first, context, loss, generators, penalty) if asked else {}
     with denormals_kept(), torch.no_grad():
         return scores_of(population, rule, context.graph.units, found)
 
@@ -80,7 +83,7 @@ class Pruner:
         """comes_back: whether what masks left out once may be in later ones."""
         self.comes_back = comes_back
         self.context, self.layouts, self.loss = context, population.layouts, loss
-        self.importance, self.generators = rules[0].importance, context.generators()
+        self.importances, self.generators = [rule.importance for rule in rules], context.generators()
         self.given = list(sensitivities or [None] * len(rules))
         self.rule = rule_of(rules, [number or 0.0 for number in self.given], population)
         self.interval = sensitivity_range(rules[0])
@@ -101,9 +104,9 @@ class Pruner:
 
         What they left out once stays out, unless it may come back.
         """
-        population, rounds = population.map(Tensor.detach), self.importance.rounds
+        population, rounds = population.map(Tensor.detach), self.importances[0].rounds
         for number in range(1, rounds + 1):
-            scores = scored(population, self.rule, self.importance, self.context, self.loss, self.generators)
+            scores = scored(population, self.rule, self.importances, self.context, self.loss, self.generators)
             with denormals_kept(), torch.no_grad():
                 masks = self._masks(population, scores, share, number / rounds)
             population = _masked(population, masks)

@@ -183,6 +183,13 @@ def _check_prunes(rule: nodes.Rule, names: list[str]) -> None:
             f"prune.importance.batches={importance.batches} does nothing: "
             f"{importance.function.target.rpartition('.')[2]} reads no images: leave it 0"
         )
+    if importance.penalty is not None and (importance.penalty.penalty is None or not asked & OF_LOSS):
+        why = (
+            "has no penalty"
+            if importance.penalty.penalty is None
+            else "is asked for by no importance that reads a gradient"
+        )
+        raise ConfigError(f"prune.importance.penalty does nothing: it {why}: leave it null")
     if rule.round_to > 1 and not rule.structural:
         raise ConfigError(f"prune.round_to={rule.round_to} does nothing: the unit is no filter: take prune/unit=filter")
     is_of_filters = {"fixed", *nodes.COUPLING} & {*inspect.signature(rule.unit.function.function).parameters}
@@ -370,6 +377,8 @@ def _fixed(population: Population, rule: AppliedRule, units: Units) -> Tensors:
 
 
 READS = {*nodes.COMPUTED} - {"flow", "noise", "scale"}  # what is computed over batches of train
+
+OF_LOSS = {"gradient", "squared_gradient", "curved_gradient"}  # of the loss, a penalty may be added to
 
 GO_ALONG = ("weight", "bias", "normalization", "scale")  # kinds of parameters that may go with a filter
 

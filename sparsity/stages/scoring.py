@@ -15,7 +15,7 @@ from sparsity.data import Images
 from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
 from sparsity.stages.context import Context
-from sparsity.step import CROSS_ENTROPY, Loss, arrangement, cuda_devices, losses_of, outputs
+from sparsity.step import CROSS_ENTROPY, Loss, Penalty, arrangement, cuda_devices, losses_of, outputs, weighted
 from sparsity.tensors import Tensors, to_view
 
 # by what was asked for, and by parameter: [members, *view], or what broadcasts to it
@@ -30,14 +30,15 @@ def computed(
     context: Context,
     loss: Loss,
     generators: Sequence[torch.Generator],
+    penalty: Penalty | None = None,
 ) -> Computed:
     """What an importance asks for, of the named parameters; changes nothing but the generators' states.
 
     Batches are each member's own, drawn by its generator; those of the loss are means over a batch, and gradients means
-    over batches. Masked entries are 0 as they stand, and have gradients all the same.
+    over batches. Masked entries are 0 as they stand, and have gradients all the same. penalty: added to the loss.
     """
     found: Computed = {}
-    scorer = _Scorer(population, names, reading, context, loss, generators)
+    scorer = _Scorer(population, names, reading, context, loss, generators, penalty)
     with _as_it_reads(population, reading.mode):
         for name in sorted(asked):
             found[name] = scorer.views(COMPUTERS[name](scorer))
@@ -55,7 +56,9 @@ class _Scorer:
         context: Context,
         loss: Loss,
         generators: Sequence[torch.Generator],
+        penalty: Penalty | None,
     ):
+        self.penalty = penalty
         self.population = population.map(Tensor.detach)
         self.names, self.context, self.loss, self.generators = list(names), context, loss, generators
         self.reading = reading
@@ -80,10 +83,11 @@ class _Scorer:
     ) -> Tensor:
         """The members' losses [members] on a batch; with other labels, or by another loss, where they are given."""
         labels = batch.labels if labels is None else labels
+        added = weighted(population, None if loss else self.penalty)
         loss = loss or self.loss
         function = losses_of(population, self.context.splits, loss, torch.float32)
         taught = () if loss.teacher is None else (loss.teacher(batch.images),)
-        return function(population.buffers, batch.images, labels, *taught)
+        return function(population.buffers, batch.images, labels, *taught) + added
 
     def mean(self, of_batch: Callable[[Population, Images], Sequence[Tensor]]) -> Tensors:
         """The mean over batches of what a function gives of each, a tensor for each of the names."""
