@@ -31,10 +31,11 @@ def regularizer(name):
     chosen, _, over = name.partition("/")
     composed, _ = config.compose([f"reg={chosen}", *([f"reg/unit={over}"] if over else [])])
     node = config.check("reg", OmegaConf.to_container(composed.reg), nodes.Regularizer)
-    groups, penalty = node.unit.function, node.penalty
-    if (in_one := regularizing.IN_ONE.get((penalty.function, groups.function))) is not None:
+    penalty, parted = node.penalty, node.unit and node.unit.function
+    if (in_one := regularizing.IN_ONE.get((penalty.function, parted and parted.function))) is not None:
         return in_one
-    return penalty.partial() if groups.function is unit.entry else over_unit(penalty.partial(), groups.partial())
+    is_of_entries = parted is None or parted.function is unit.entry
+    return penalty.partial() if is_of_entries else over_unit(penalty.partial(), parted.partial())
 
 
 def over_unit(penalty, groups):
