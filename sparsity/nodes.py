@@ -161,6 +161,15 @@ class Regrow:
 
 
 @dataclass(frozen=True)
+class Adapt:
+    """By what a decay is found while it acts: what the rule would leave, as often as is looked."""
+
+    rule: Rule
+    sensitivity: float
+    every: PositiveCount  # steps from one look to the next
+
+
+@dataclass(frozen=True)
 class Model:
     """The network, and the weights that it starts from."""
 

@@ -87,8 +87,9 @@ class Step:
         """
         self.population, self.train, self.device = population, splits.train, population.device
         self.penalty = penalty
-        if penalty is not None and penalty.rise is not None:  # state of the step, as masks are
+        if penalty is not None:  # its decay is state of the step, as masks are
             penalty = replace(penalty, decay=penalty.decay.clone(), rise=None)
+        self.scale: Tensor | None = None  # what decays are multiplied by [members]; None: 1
         self.decay = None if penalty is None else penalty.decay
         self.shrink, self.strength = shrink, None if shrink is None else torch.zeros_like(shrink.decay)
         self.gathers = self.device.type == "cuda" and lies_on(self.train, self.device)
@@ -169,11 +170,12 @@ class Step:
         return replace(population, parameters=seen)
 
     def strengthen(self, progress: float) -> None:
-        """Sets the decay to what it is after a share of training, where it rises; of shrinking, times the rate."""
-        if self.penalty is not None and self.penalty.rise is not None:
-            self.decay.copy_(self.penalty.decay_at(progress))
+        """Sets the decay to what it is after a share of training, if it may change; of shrinking, times the rate."""
+        scale = 1 if self.scale is None else self.scale
+        if self.penalty is not None and (self.penalty.rise is not None or self.scale is not None):
+            self.decay.copy_(self.penalty.decay_at(progress) * scale)
         if self.shrink is not None:
-            self.strength.copy_(self.shrink.decay_at(progress) * self.rate)
+            self.strength.copy_(self.shrink.decay_at(progress) * self.rate * scale)
 
     @property
     def rate(self) -> float:

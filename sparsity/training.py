@@ -84,6 +84,30 @@ class Regrowth:
         return {step: self.share * (1 + math.cos(math.pi * step / span)) / 2 for step in steps}
 
 
+@dataclass(frozen=True)
+class Adaptation:
+    """Decays that are found while they act: raised while what would be left falls too slowly, lowered where too fast.
+
+    The logarithm of what is left is to fall evenly, and to be as asked after SETTLED of the training: later, learning
+    rates are low.
+    """
+
+    excess: Callable[[Population], list[float]]  # what would be left of each member / what may be
+    every: int  # steps from one look to the next
+
+    SETTLED = 0.8
+    FALL, RISE = 0.8, 1.25  # the most that a decay is multiplied by at once
+
+    def factor(self, last: tuple[float, float], now: tuple[float, float]) -> float:
+        """What a decay is multiplied by; last, now: shares of training, and log(excess) after them."""
+        (before, was), (progress, left) = last, now
+        if not math.isfinite(left) or left <= 0:
+            return self.FALL if left <= 0 else 1.0
+        needed = left / max(self.SETTLED - progress, 0.05)
+        fallen = max((was - left) / (progress - before), needed / 100)
+        return min(max((needed / fallen) ** 0.5, self.FALL), self.RISE)
+
+
 class Epoch(NamedTuple):
     """What one epoch came to; each list has one entry a member."""
 
@@ -119,6 +143,7 @@ class Trained:
     selected_epoch: list[int] | None
     diverged: list[int | None]  # the epoch in which a member's loss or weights became NaN or infinite
     history: list[Epoch]
+    scale: list[float] | None = None  # what the members' decays came to be multiplied by, where they were adapted
 
 
 def train(
@@ -132,6 +157,7 @@ def train(
     shrink: Shrink | None = None,
     select: bool = False,
     gradual: Gradual | Regrowth | None = None,
+    adaptation: Adaptation | None = None,
     stop: int | None = None,
     watcher: Watcher = Watcher(),
 ) -> Trained:
@@ -153,6 +179,7 @@ def train(
     masking = _Masking(gradual, step, loop.epochs * num_batches)
     masking.after(0)
     averaging = _Averaging(loop, population, loop.epochs * num_batches)
+    adapting = _Adapting(adaptation, step, loop.epochs * num_batches)
     memory = _Memory(step.masked(population), select and splits.validation is not None)
     at_once = images_at_once(population, loop.batch_size, loop.image_bytes)
     if select:
@@ -163,13 +190,13 @@ def train(
         torch.manual_seed(generators[0].initial_seed())
         for epoch in range(1, (loop.epochs if stop is None else stop) + 1):
             start = time.perf_counter()
-            sums = _run_epoch(epoch, population, loop, generators, step, masking, averaging, watcher)
+            sums = _run_epoch(epoch, population, loop, generators, step, masking, averaging, adapting, watcher)
             found = step.masked(averaging.after_epoch())
             row = _measure(epoch, found, splits, start, at_once, test=select, sums=sums, lr=step.rate)
             memory.add(row, found, watcher, may_select=masking.is_final)
             if memory.all_diverged:
                 break
-    return memory.trained()
+    return replace(memory.trained(), scale=None if step.scale is None else step.scale.tolist())
 
 
 def check_stop(loop: Loop, stop: int | None) -> None:
@@ -226,6 +253,30 @@ class _Masking:
         self.is_final |= share == 1.0
 
 
+class _Adapting:
+    """Remembers what was left when it was last looked, and changes the decays when it is time."""
+
+    def __init__(self, adaptation: Adaptation | None, step: Step, num_steps: int):
+        self.adaptation, self.step, self.num_steps = adaptation, step, num_steps
+        self.last: list[tuple[float, float]] = []
+        if adaptation is not None:
+            step.scale = torch.ones(step.population.num_members, device=step.device)
+            self.last = self._seen(0)
+
+    def after(self, num_done: int) -> None:
+        """Changes the decays where it is time to look."""
+        if self.adaptation is None or num_done % self.adaptation.every:
+            return
+        now = self._seen(num_done)
+        factors = [self.adaptation.factor(*pair) for pair in zip(self.last, now)]
+        self.step.scale *= torch.tensor(factors, device=self.step.device)
+        self.last = now
+
+    def _seen(self, num_done: int) -> list[tuple[float, float]]:
+        left = self.adaptation.excess(self.step.population.map(Tensor.detach))
+        return [(num_done / self.num_steps, math.log(each) if each > 0 else -math.inf) for each in left]
+
+
 class _Averaging:
     """Remembers the average of a population's weights, and of the statistics of its normalisations."""
 
@@ -275,6 +326,7 @@ def _run_epoch(
     step: Step,
     masking: _Masking,
     averaging: "_Averaging",
+    adapting: "_Adapting",
     watcher: Watcher,
 ) -> Tensor:
     """One pass over train, every member in an order of its own; mean loss, penalty and objective [3, members]."""
@@ -290,6 +342,7 @@ def _run_epoch(
         step.strengthen(progress)
         sums += step(*batch) * batch[-1].shape[1]
         masking.after((epoch - 1) * num_batches + index + 1)
+        adapting.after((epoch - 1) * num_batches + index + 1)
         averaging.after_step()
         watcher.batch()
     return sums / num_images

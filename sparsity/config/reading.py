@@ -188,6 +188,8 @@ def _check_budget(run: Run) -> None:
             _check_curve(stage)
         if numbers.get("regrow") is not None:
             _check_regrow(stage, run)
+        if numbers.get("adapt") is not None:
+            _check_adapt(stage)
         if isinstance(rule := numbers.get("rule"), Rule) and isinstance(numbers.get("budget"), Budget):
             _check_share(rule, numbers["budget"])
 
@@ -206,7 +208,8 @@ def _check_curve(stage: Stage) -> None:
     """Refuses what a stage that may prune along a curve lacks for it, and what is for it alone where it has no rule."""
     numbers, example = stage.call.numbers, {"curve": "{shape:cubic,until:0.5}", "every": "100"}
     if numbers.get("rule") is None:
-        idle = next((name for name in (*example, "sensitivity", "budget") if numbers.get(name) is not None), None)
+        strengths = ("sensitivity",) if numbers.get("adapt") is not None else ("sensitivity", "budget")
+        idle = next((name for name in (*example, *strengths) if numbers.get(name) is not None), None)
         idle = "straight_through" if idle is None and numbers.get("straight_through") else idle
         if idle is not None:
             raise ConfigError(f"recipe.{stage.node}.{idle} does nothing without a rule: give it rule: ${{{RULE}}}")
@@ -235,6 +238,18 @@ def _check_regrow(stage: Stage, run: Run) -> None:
             raise ConfigError(
                 f"{key} exchanges entries, and prune/unit={name} keeps more together: take prune/unit=entry"
             )
+
+
+def _check_adapt(stage: Stage) -> None:
+    """Refuses to look for a decay where there is none, or no budget to find it by."""
+    key, numbers = f"recipe.{stage.node}.adapt", stage.call.numbers
+    regularizer, budget = numbers.get("penalty"), numbers.get("budget")
+    if not isinstance(regularizer, Regularizer) or regularizer.method is None or not regularizer.decay:
+        raise ConfigError(f"{key} does nothing: {stage.name} has no regularizer whose decay it could find: take reg=hs")
+    if numbers.get("rule") is not None:
+        raise ConfigError(f"{key} and recipe.{stage.node}.rule do not go together: drop one")
+    if not isinstance(budget, Budget) or not budget.given:
+        raise ConfigError(f"{key} finds {stage.name}'s decay by a budget: give one, such as budget.compression=50")
 
 
 def _search_keys(run: Run) -> list[tuple[str, str]]:

@@ -263,6 +263,9 @@ class Record:
             member.seen = {name: note[name] for name in ("stds", "thresholds") if name in note} or member.seen
             _warn_of_whole_layers(own, member, before)
             self._say_what_is_left(own, member, note)
+        if "decay" in note:
+            line = f"{stage.name:<10} {own.key('penalty')}.decay {note['decay']:.4g} in the end, as the budget asks"
+            log.info(line, extra={"member": member.job.number})
         for line in note.get("said", ()):
             member.warn(f"{stage.name}: {line}")
         if PENALIZED in note["did"]:
@@ -390,6 +393,7 @@ def _about(stage: Planned, note: Mapping[str, Any]) -> dict[str, Any]:
         "final_from": note.get("final_from", 0),  # the first epoch with the final masks
         "sensitivity": note.get("sensitivity", (stage.arguments.get("sensitivity") or [None])[0]),
         "budget": note.get("budget"),
+        "decay": note.get("decay"),
         "notes": note.get("said", []),
         "seconds": note["seconds"],
     }

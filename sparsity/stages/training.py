@@ -19,6 +19,7 @@ from sparsity.limits import Budget
 from sparsity.nodes import Call, Curve, Each, Optimizer, Regularizer, StageSchedule
 from sparsity.population import Population
 from sparsity.schedules import CURVES, learning_rate
+from sparsity.stages.adapting import adaptation_of
 from sparsity.stages.context import MASKED, PENALIZED, SELECTED, Context, Outcome
 from sparsity.stages.holding import Hold, holding
 from sparsity.stages.pruning import Pruner
@@ -51,6 +52,7 @@ def train(
     every: PositiveCount | None = None,
     straight_through: bool = False,
     regrow: nodes.Regrow | None = None,
+    adapt: Each[nodes.Adapt] | None = None,
 ) -> Outcome:
     """Every member trained by loss + decay · penalty, or shrunk step by step; what is held at zero takes no part in it.
 
@@ -60,7 +62,8 @@ def train(
     epoch with the best validation accuracy, the earliest of equals, the state before the first one among them; else the
     last. rule: prunes meanwhile, `every` so many steps, by a number or to a budget that rises along a curve; only what
     has all of it is selected. straight_through: what the rule leaves out meanwhile is trained on, and may come back.
-    regrow: exchanges entries that are masked before it for others.
+    regrow: exchanges entries that are masked before it for others. adapt: the decay is multiplied by what it takes for
+    a rule to leave what the budget allows.
     """
     held = holding(population, hold, context.graph.units)
     added = penalty_of(penalty, population, context.graph.units) if penalty else None
@@ -89,12 +92,15 @@ def train(
             shrink=shrunk,
             select=select and context.stop is None,
             gradual=changing,
+            adaptation=adaptation_of(adapt, budget, held, context, minimised) if adapt else None,
             stop=context.stop,
             watcher=watcher,
         )
     finally:
         watcher.close()
     notes = pruner.notes(final_from(changing, loop, num_batches)) if pruner else []
+    if adapt:
+        notes = [{"decay": node.decay * factor} for node, factor in zip(penalty, trained.scale)]
     return Outcome(
         population=small.restore(trained.selected),
         did=((PENALIZED,) if penalty else ()) + ((MASKED,) if rule else ()) + ((SELECTED,) if select else ()),
