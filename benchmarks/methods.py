@@ -17,6 +17,7 @@ from sparsity.graph import trace
 from sparsity.population import Population
 from sparsity.stages import Context
 from sparsity.stages.pruning import scored
+from sparsity.stages.regrowing import regrowth_of
 from sparsity.stages.rules import rule_of
 from sparsity.stages.training import loss_of
 from sparsity.step import CROSS_ENTROPY, Loss
@@ -27,7 +28,8 @@ from sparsity.training import Gradual, train
 PART = "methods"
 LEFT, EVERY = 0.1, 100  # of the weights under a mask; steps from one mask to the next
 # times the other's epoch
-MOST = {"augment=digits": ("plain", 1.5), "loss=distill": ("plain", 1.1), "gradual": ("masked", 1.05)}
+MOST = {"augment=digits": ("plain", 1.5), "loss=distill": ("plain", 1.1)}
+MOST |= {"gradual": ("masked", 1.05), "rigl": ("masked", 1.05)}
 STEPS = 15  # that scores by gradients over 10 batches of 128 may take
 SCORES = ("taylor", "wanda", "brain_damage", "grasp")
 
@@ -36,7 +38,7 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
     """An epoch with each method, against one without, and the time of scoring in steps."""
     network = "lenet300"
     report.heading(f"methods on {network}; ratio: to what the target says")
-    trained = ("plain", "augment=digits", "loss=distill", "masked", "gradual")[: 2 if setting.quick else None]
+    trained = ("plain", "augment=digits", "loss=distill", "masked", "gradual", "rigl")[: 2 if setting.quick else None]
     kinds = {name: (epochs, setting, network, name) for name in trained}
     kinds |= {name: (scoring, setting, network, name) for name in SCORES[: 1 if setting.quick else None]}
     turns = Turns(kinds, setting.rounds)
@@ -63,10 +65,13 @@ def epochs(tell: Tell, setting: Setting, network: str, kind: str) -> None:
             plan = replace(plan, augment=node.function.partial(), draws=node.draws)
         if kind == "loss=distill":  # from outputs that are kept; those of a network with other weights
             loss = distilling(Teacher(module(network, seed=1), data, members.device), members.device)
-        if kind == "masked":
+        if kind in ("masked", "rigl"):
             members = replace(members, masks=largest(members, 1.0))
         if kind == "gradual":
             gradual = Gradual(largest, list(largest(members, 1.0)), lambda progress: progress, 0.5, EVERY)
+        if kind == "rigl":
+            context = Context(splits=data, seeds=[0], graph=trace(module(network), data.example()))
+            gradual = regrowth_of(nodes.Regrow("gradient", 0.3, 1.0, EVERY), members, context, plan, loss)
         generators = [torch.Generator().manual_seed(0)]
         train(members, data, plan, generators, loss=loss, gradual=gradual, watcher=Told(tell))
 
