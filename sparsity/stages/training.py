@@ -66,8 +66,8 @@ def train(
     a rule to leave what the budget allows.
     """
     held = holding(population, hold, context.graph.units)
-    added = penalty_of(penalty, population, context.graph.units) if penalty else None
-    shrunk = shrink_of(penalty, population, context.graph.units) if penalty else None
+    kinds = {"penalty": penalty_of, "shrink": shrink_of} if penalty else {}
+    regularized = {name: of(penalty, population, context.graph.units) for name, of in kinds.items()}
     loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss, augment)
     loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
@@ -78,7 +78,7 @@ def train(
     else:
         changing = regrowth_of(regrow, held, context, loop, minimised) if regrow else None
     is_alone = loop.elementwise and (not penalty or may_be_compacted(penalty[0]))
-    is_compacted = hold == "zeros" and is_alone and changing is None and loop.augment is None
+    is_compacted = hold == "zeros" and is_alone and changing is None and adapt is None and loop.augment is None
     small = (compact if is_compacted else whole)(held, context.splits)
     watcher = context.watch(context.stage, loop, len(context.splits.train))
     try:
@@ -88,8 +88,7 @@ def train(
             loop,
             context.generators(),
             loss=minimised,
-            penalty=added,
-            shrink=shrunk,
+            **regularized,
             select=select and context.stop is None,
             gradual=changing,
             adaptation=adaptation_of(adapt, budget, held, context, minimised) if adapt else None,
