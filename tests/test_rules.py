@@ -1,10 +1,12 @@
 """Importance → unit → cut: each against its formula, in every combination, and members together as alone."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, compose, context_of, shipped_rule, slow
+from safetensors.torch import load_file
 from torch import nn
 from torch.func import functional_call
 
@@ -567,6 +569,58 @@ def test_ones_own_parts_are_a_function_and_a_yaml(tmp_path, run, monkeypatch):
     own = ["trust=[my_parts]", f"hydra.searchpath=[file://{tmp_path / 'own'}]", "prune/importance=last"]
     result = run(*own, "prune=percentile", "prune/cut=layer", "sensitivity=0.5")
     assert result["compression"]["weights"] == pytest.approx(2, rel=1e-3)
+
+
+OWN = '''
+import torch
+from sparsity.pruning.unit import Groups
+
+def last(weight):
+    """Later entries matter more."""
+    return torch.arange(1.0, weight.numel() + 1).view(weight.shape)
+
+def pair(entries):
+    """Two inputs in a row, with all their outputs."""
+    norms = entries.square().unflatten(2, (-1, 2)).sum((1, 3, 4), keepdim=True).sqrt()
+    spread = lambda each: each.expand(-1, -1, -1, 2, -1).flatten(2, 3).expand_as(entries)
+    return [Groups(norms, 2 * entries.shape[1] * entries.shape[3], spread)]
+
+def middle(scores, *, sensitivity, more: float):
+    """So far between the least and the most."""
+    return scores.amin() + (scores.amax() - scores.amin()) * sensitivity * more
+
+def squares(outputs, labels, *, weight: float):
+    """Of the distance to the labels' corners."""
+    return weight * (outputs.softmax(1) - torch.nn.functional.one_hot(labels, 10)).square().sum(1).mean()
+
+def darker(images, draws, *, most: float):
+    """Images of less light."""
+    return images * (1 - most * draws.view(-1, 1, 1, 1))
+'''
+OWN_YAMLS = {
+    "prune/importance": "of: any\nbatches: 0\nbatch_size: 8\nmode: eval\nrounds: 1\n"
+    "function: {_target_: own_parts.last",
+    "prune/unit": "structural: false\nfunction: {_target_: own_parts.pair",
+    "prune/cut": "scope: tensor\ndefault: 0.5\nsearch: interval(0,1)\nfunction: {_target_: own_parts.middle, more: 1.0",
+    "loss": "function: {_target_: own_parts.squares, weight: 2.0",
+    "augment": "draws: 1\nfunction: {_target_: own_parts.darker, most: 0.3",
+}
+
+
+@pytest.mark.slow
+def test_ones_own_parts_are_a_function_and_a_yaml_each(tmp_path, run, monkeypatch):
+    (tmp_path / "own_parts.py").write_text(OWN)
+    for group, text in OWN_YAMLS.items():
+        (tmp_path / "own" / group).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / group / "mine.yaml").write_text(f"{text}, _partial_: true}}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ["trust=[own_parts]", f"hydra.searchpath=[file://{tmp_path / 'own'}]", "prune=std", "prune.apply_to=[weight]"]
+    result = run(*own, *(f"{group}=mine" for group in OWN_YAMLS), "prune.cut.function.more=1.2", "sensitivity=0.5")
+    weight = load_file(Path(result["folder"]) / "model.safetensors")["fc1.weight"]
+    live = weight.any(0).unflatten(0, (-1, 2))
+    assert torch.equal(live[:, 0], live[:, 1]) and 0.3 < float(live.float().mean()) < 0.7
+    assert result["accuracy"]["final"]["test"] > 0.25  # by few epochs, of the last inputs alone
+    assert result["training"] == {"loss": "squares", "augment": "darker"}
 
 
 def test_the_rules_that_were_are_the_same_three_parts():
