@@ -59,6 +59,7 @@ TEACHER = "teacher"  # what a loss asks for to get a trained network's outputs o
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels", TEACHER))]
 AugmentFunction = Annotated[Call, Methods("sparsity.augmentation", positional=2)]
 Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
+TrackerFunction = Annotated[Call, Methods("sparsity.tracking", positional=1)]
 StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
 
 
@@ -201,6 +202,14 @@ class Augment:
 
     function: AugmentFunction | None  # of images and of numbers drawn for each
     draws: Count  # how many
+
+
+@dataclass(frozen=True)
+class Track:
+    """Another program that follows runs."""
+
+    function: TrackerFunction
+    package: str  # that it needs
 
 
 @dataclass(frozen=True)

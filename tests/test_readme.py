@@ -41,7 +41,19 @@ def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
 
 
 def test_every_choice_is_in_the_table():
-    for group in ("model", "data", "reg", "prune", "schedule", "optimizer", "search", "experiment"):
+    for group in (
+        "model",
+        "data",
+        "reg",
+        "prune",
+        "schedule",
+        "optimizer",
+        "loss",
+        "augment",
+        "recipe",
+        "search",
+        "experiment",
+    ):
         row = re.search(rf"^\| `{group}` \|([^|]*)\|", README, re.MULTILINE)[1]
         assert sorted(re.findall(r"`(\w+)`", row)) == sorted(
             path.stem for path in (ROOT / "conf" / group).glob("*.yaml")

@@ -18,7 +18,7 @@ LEVELS = [
     {"evaluation"},
     {"training", "accounting", "compaction"},
     {"budgets"},
-    {"stages", "config", "results", "console", "store"},
+    {"stages", "config", "results", "console", "store", "tracking"},
     {"experiment"},
     {"sweeper", "callbacks", "launcher"},
 ]

@@ -276,6 +276,14 @@ def _no_choice(error: MissingConfigException, known: _Known) -> str:
     return f"{group}={choice} is no choice{file}: {meant}{group} has {', '.join(options)}"
 
 
+def _none_of_the_listed(known: _Known, error: BaseException, path: str) -> str:
+    """A choice of a list that does not exist."""
+    group, _, choice = path.rpartition("/")
+    close = nearest(choice, known.choices(group))
+    meant = f"did you mean {close}? " if close else ""
+    return f"{group}=[…,{choice},…]: {choice} is no choice: {meant}{group} has {', '.join(known.choices(group))}"
+
+
 def _no_text(known: _Known, error: BaseException, kind: str) -> str:
     """A group that is given a number, null or nothing."""
     for text in known.typed:
@@ -370,6 +378,7 @@ _TOLD: dict[str, Callable[..., str]] = {
     r"Primary config directory not found.*config directory '(.*?)' exists": _no_primary,
     r"provider=.*?, path=(.*) is not available": _not_available,
     r"Running Hydra app with --multirun": _two_modes,
+    r"Could not load '(\w+/\w+)'": _none_of_the_listed,
     r"Additional config directory '(.*)' not found": _no_folder,
     r"Cannot find primary config '(.*?)'": _no_config,
 }

@@ -1,5 +1,6 @@
 """A composed config as the checked settings of a run, and what no single key can get wrong."""
 
+import importlib.util
 import inspect
 import re
 import types
@@ -120,6 +121,7 @@ def _check_together(run: Run, nodes: Mapping[str, Any]) -> None:
             numbers = {key: value} if isinstance(value, float) else {}
             _check_strengths(rule, _source(stage, "rule"), numbers, run)
     _check_budget(run)
+    _check_tracks(run)
     check_objectives(run.objectives)
 
 
@@ -252,6 +254,14 @@ def _check_adapt(stage: Stage) -> None:
         raise ConfigError(f"{key} finds {stage.name}'s decay by a budget: give one, such as budget.compression=50")
 
 
+def _check_tracks(run: Run) -> None:
+    """Refuses a tracker whose package is not there."""
+    for name, track in run.track.others.items():
+        if importlib.util.find_spec(track.package.partition(".")[0]) is None:
+            remedy = f"pip install -e '.[{name}]', or take track=none"
+            raise ConfigError(f"track={name} needs the package {track.package}: {remedy}")
+
+
 def _search_keys(run: Run) -> list[tuple[str, str]]:
     """The keys of the ranges that a search draws from, with their texts."""
     return [(f"{group}.search.{name}", text) for group in SEARCHED for name, text in getattr(run, group).search.items()]
@@ -321,7 +331,20 @@ def unread(composed: DictConfig, keys: Collection[str]) -> set[str]:
 
 
 # Keys that are read whatever the stages are; all others are of use to the stages that read them.
-ALWAYS = ("model", "data", "seed", "device", "precision", "threads", "step", "plots", "store", "objectives", "trust")
+ALWAYS = (
+    "model",
+    "data",
+    "seed",
+    "device",
+    "precision",
+    "threads",
+    "step",
+    "track",
+    "plots",
+    "store",
+    "objectives",
+    "trust",
+)
 ALWAYS += ("stages", "experiment", "search", "hydra", "name")
 
 

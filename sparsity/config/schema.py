@@ -7,7 +7,19 @@ from typing import Annotated, Any, Literal
 from sparsity.front import OBJECTIVES
 from sparsity.kinds import NonNegative, Positive, PositiveCount, Range, Seed
 from sparsity.limits import Budget
-from sparsity.nodes import Augment, Average, Call, Loader, Loss, Model, Optimizer, Regularizer, Rule, StageSchedule
+from sparsity.nodes import (
+    Augment,
+    Average,
+    Call,
+    Loader,
+    Loss,
+    Model,
+    Optimizer,
+    Regularizer,
+    Rule,
+    StageSchedule,
+    Track,
+)
 
 Objectives = list[Literal[tuple(OBJECTIVES)]]
 
@@ -37,6 +49,13 @@ class Schedule:
 
     batch_size: PositiveCount
     others: dict[str, StageSchedule] = field(metadata={"others": True})  # each under the name that stages read it by
+
+
+@dataclass(frozen=True)
+class Tracks:
+    """The programs that follow a run."""
+
+    others: dict[str, Track] = field(metadata={"others": True})  # each under its name
 
 
 @dataclass(frozen=True)
@@ -83,6 +102,7 @@ class Run:
     step: Literal["auto", "eager", "recorded", "compiled"]
     sensitivity: float | None
     budget: Budget
+    track: Tracks
     plots: bool | None  # None: of a single run, not of a sweep's members
     store: str | None  # the folder of finished stages
     objectives: Objectives

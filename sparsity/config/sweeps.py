@@ -17,7 +17,8 @@ from sparsity.config.schema import METHODS, SEARCHED, Objectives, Run
 from sparsity.config.typed import check, check_names, flatten
 from sparsity.errors import ConfigError
 
-NEUTRAL = ("plots", "step", "store", "threads", "trust")  # keys that change no number, and so no sweep
+# keys that change no number, and so no sweep
+NEUTRAL = ("plots", "step", "store", "threads", "track", "trust")
 NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 NAMING = ("search", *METHODS, "recipe")  # groups whose choices make a sweep's name
 
@@ -45,7 +46,7 @@ def sweep_name(composed: DictConfig) -> str:
     composed: the config of a multirun, with `hydra` in it.
     """
     own = composed.hydra
-    typed = [text for text in own.overrides.task if _key(text) not in NEUTRAL]
+    typed = [text for text in own.overrides.task if _key(text).partition(".")[0] not in NEUTRAL]
     config = {key: node for key, node in _plain(composed).items() if key not in (*NEUTRAL, "hydra")}
     config.get("data", {}).pop("root", None)  # where the images lie; what they are, the stages look at
     settings = {key: _plain(own.sweeper).get(key) for key in ("params", "sampler")}

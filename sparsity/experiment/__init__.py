@@ -141,7 +141,17 @@ def _groups(jobs: Mapping[int, Job]) -> list[list[int]]:
 
 def _kind_of(run: config.Run) -> str:
     """All that members of one population have in common, as text."""
-    own = (*config.SEARCHED, "loss", "sensitivity", "budget", "ramp", "seed", "name", "plots")  # which stages have read
+    own = (
+        *config.SEARCHED,
+        "loss",
+        "sensitivity",
+        "budget",
+        "ramp",
+        "seed",
+        "name",
+        "track",
+        "plots",
+    )  # which stages have read
     shared = {each.name: getattr(run, each.name) for each in dataclasses.fields(run) if each.name not in own}
     return json.dumps(_alike(shared, False), default=str)
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def finished(folder: Path, keys: Mapping[str, str], overrides: Sequence[str]) ->
 
 def _telling(overrides: Sequence[str]) -> list[str]:
     """The overrides that tell what is run, whatever their order."""
-    return sorted(text for text in overrides if text.lstrip("+~").partition("=")[0] not in NEUTRAL)
+    return sorted(text for text in overrides if re.split(r"[.=]", text.lstrip("+~"))[0] not in NEUTRAL)
 
 
 def _other_run(folder: Path) -> ConfigError:

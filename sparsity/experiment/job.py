@@ -10,6 +10,7 @@ from sparsity.config import Run
 from sparsity.errors import SparsityError
 from sparsity.experiment.keys import Key
 from sparsity.population import Population
+from sparsity.tracking import Following
 from sparsity.training import Epoch
 
 log = logging.getLogger("sparsity")
@@ -47,6 +48,7 @@ class Member:
     histories: dict[str, list[Epoch]] = field(default_factory=dict)
     seen: dict[str, dict[str, float]] = field(default_factory=dict)  # what the pruning rule saw: stds, thresholds
     states: dict[str, Population] = field(default_factory=dict)  # that a later stage names
+    following: Following | None = None  # what follows it in other programs
     penalized: tuple[Population, Population] | None = None  # before and after the last stage with a penalty
 
     @property

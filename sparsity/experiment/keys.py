@@ -14,9 +14,20 @@ from sparsity.nodes import STATE, TEACHER, Call, Loss, Regularizer
 # The code of a stage is every file of this package but those that change no number. What is left counts in a member's
 # first stage, and so in all later ones; what some stages use counts in those alone.
 NO_NUMBERS = ("__init__", "callbacks", "config", "console", "errors", "files", "front", "kinds")
-NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "streams", "sweeper", "tables")
+NO_NUMBERS += (
+    "launcher",
+    "memory",
+    "nodes",
+    "processes",
+    "results",
+    "store",
+    "streams",
+    "sweeper",
+    "tables",
+    "tracking",
+)
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
-NO_NUMBERS += ("experiment.closing", "experiment.job", "experiment.views")
+NO_NUMBERS += ("tracking", "experiment.closing", "experiment.job", "experiment.views")
 # what counts in the stages that use it alone
 OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction")
 

@@ -32,6 +32,8 @@ from sparsity.stages import MASKED, PENALIZED, Context
 from sparsity.stages.rules import owner_of
 from sparsity.store import Kept, Store
 from sparsity.tables import say_parts
+from sparsity.tracking import About, Following
+from sparsity.training import Epoch, Watcher
 from sparsity.weights import NETWORK, write_state
 
 log = logging.getLogger("sparsity")
@@ -65,6 +67,8 @@ class Record:
             Member(job, key, population.member(index), warnings=[*job.notes])
             for index, (job, key) in enumerate(zip(jobs, keys))
         ]
+        for member in self.members:
+            member.following = Following(member.job.run.track.others, _known_before(member.job))
         self._note_data()
         self._note_whole_network(population)
         for job in jobs:
@@ -219,7 +223,8 @@ class Record:
         before = join([member.population for member in members])
         indexes = [self.members.index(member) for member in members]
         states = {state: join([member.states[state] for member in members]) for state in stage.states}
-        context = replace(self.context.take(indexes), states=states, stop=stop)
+        watch = _watched(self.context.watch, members) if stop is None else self.context.watch
+        context = replace(self.context.take(indexes), states=states, stop=stop, watch=watch)
         outcome = stage.take(indexes).run(before, context)
         after, notes = outcome.population, notes_of(outcome)
         seconds = time.perf_counter() - start
@@ -259,6 +264,8 @@ class Record:
         member.computed_with[stage.name] = note["computed_with"]
         if note["history"]:
             member.histories[stage.name] = [epoch_of(row) for row in note["history"]]
+            for row in member.histories[stage.name]:  # what is from the store was not told
+                member.following.epoch(stage.name, row)
         if MASKED in note["did"]:
             member.seen = {name: note[name] for name in ("stds", "thresholds") if name in note} or member.seen
             _warn_of_whole_layers(own, member, before)
@@ -316,6 +323,9 @@ class Record:
 
     def outcomes(self) -> list[dict[str, Any] | SparsityError]:
         """Every member's result, written into its folder, or its error."""
+        for member in self.members:
+            if member.error is not None:
+                member.following.end(None, str(member.error))
         return [member.error or member.finished or self._finish(member) for member in self.members]
 
     def _finish(self, member: Member) -> dict[str, Any]:
@@ -332,6 +342,7 @@ class Record:
             if job.run.plots or (job.run.plots is None and not job.in_sweep):
                 self._draw(member, result)
             results.write_result(job.folder, result)  # the last file: where it is, the run is whole
+        member.following.end(result)
         if not job.in_sweep:
             self._show(member, report)
         say_parts(results.summary(result, job.folder))
@@ -397,6 +408,31 @@ def _about(stage: Planned, note: Mapping[str, Any]) -> dict[str, Any]:
         "notes": note.get("said", []),
         "seconds": note["seconds"],
     }
+
+
+def _known_before(job: Job) -> About:
+    """What trackers are told of a run first."""
+    group = job.folder.parent.name if job.in_sweep else None
+    return About(job.folder.name, group, job.folder, job.config or {})
+
+
+def _watched(watch: Callable[..., Watcher], members: Sequence[Member]) -> Callable[..., Watcher]:
+    """What a stage is watched by, so that the members' trackers are told of every epoch, too."""
+    return lambda *stage: _Telling(watch(*stage), stage[0], [member.following for member in members])
+
+
+class _Telling(Watcher):
+    """Remembers whom to tell of the epochs of a stage."""
+
+    def __init__(self, watcher: Watcher, stage: str, followings: Sequence[Following]):
+        self.watcher, self.stage, self.followings = watcher, stage, followings
+        self.batch, self.close = watcher.batch, watcher.close
+
+    def epoch(self, row: Epoch) -> None:
+        """Shows it, and tells each member's trackers."""
+        self.watcher.epoch(row)
+        for index, following in enumerate(self.followings):
+            following.epoch(self.stage, row, index)
 
 
 def _is_finite(population: Population, member: int) -> bool:

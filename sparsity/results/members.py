@@ -23,7 +23,7 @@ log = logging.getLogger("sparsity")
 SWEEP = "sweep.json"
 FORMAT = 1  # of it
 HYDRA = ".hydra"  # the folder that Hydra leaves in every job's folder
-WITHOUT_EFFECT = ("plots", "step", "threads")  # settings that change no result
+WITHOUT_EFFECT = ("plots", "step", "threads", "track")  # settings that change no result
 
 
 @dataclass(frozen=True)
@@ -206,13 +206,18 @@ def _noted_overrides(folder: Path) -> list[str]:
 # --- what was swept --------------------------------------------------------------------------------------------------
 
 
+def has_effect(key: str) -> bool:
+    """Whether a setting can change a result."""
+    return key.partition(".")[0] not in WITHOUT_EFFECT
+
+
 def swept_keys(sweeps: Iterable[SweepFolder]) -> list[str]:
     """The keys that the sweeps name as swept, and those whose values differ between members."""
     sweeps = list(sweeps)
     named = [key for sweep in sweeps for key in sweep.header.get("swept") or ()]
     members = [member for sweep in sweeps for member in sweep.members]
     given = [key for member in members for key in member.settings]
-    differing = [key for key in dict.fromkeys(given) if key not in WITHOUT_EFFECT and differs(members, key)]
+    differing = [key for key in dict.fromkeys(given) if has_effect(key) and differs(members, key)]
     return list(dict.fromkeys([*named, *differing]))
 
 

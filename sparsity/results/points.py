@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from sparsity.errors import ConfigError
 from sparsity.front import OBJECTIVES, SIZES, Size, hypervolume, non_dominated
 from sparsity.results import objectives
-from sparsity.results.members import WITHOUT_EFFECT, MemberFolder, canonical
+from sparsity.results.members import MemberFolder, canonical, has_effect
 
 CONFIDENCE = 0.95
 FEWEST = 3  # seeds that have an interval: by Student's t, that of two is 13 standard errors long
@@ -112,7 +112,7 @@ def _is_seed(override: str) -> bool:
 def points_of(members: Iterable[MemberFolder]) -> list[Point]:
     """The finished members, those apart in the seed alone put together; a run that was repeated counts once."""
     done = [member for member in members if member.result is not None]
-    keys = sorted({key for member in done for key in member.settings} - {"seed", *WITHOUT_EFFECT})
+    keys = sorted({key for member in done for key in member.settings if has_effect(key)} - {"seed"})
     groups: dict[Any, dict[str | None, MemberFolder]] = {}
     for member in done:
         unknown = None if member.overrides or "overrides" in member.result else member.folder
