@@ -224,7 +224,7 @@ def leaves(population: Population) -> Population:
 # --- the three functions: each takes what the one before gives -------------------------------------------------------
 
 
-def _gathered(train: Images, taught: Tensor | None) -> Function:
+def _gathered(train: Images, taught: Tensor | None = None) -> Function:
     """An index [members, batch] to its images and labels, and a teacher's outputs on them where they are kept."""
 
     def gathered(index: Tensor, *more: Tensor) -> list[Tensor]:

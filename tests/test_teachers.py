@@ -334,10 +334,10 @@ def test_everything_combines_with_a_teacher(run, tmp_path):
     gradual = ("recipe=gradual", "prune/importance=taylor", "recipe.train.every=5", "augment=flip_crop")
     found = run(*more, *gradual)
     assert found["training"]["augment"] == "flip_crop" and found["compression"]["weights"] > 1.5
-    (Path("own_losses.py")).write_text(
+    (Path("taught_losses.py")).write_text(
         "def squares(outputs, labels, teacher): return (outputs - teacher).square().mean()\n"
     )
-    own = ("loss.function._target_=own_losses.squares", "trust=[own_losses]", "loss.teacher=teacher")
+    own = ("loss.function._target_=taught_losses.squares", "trust=[taught_losses]", "loss.teacher=teacher")
     assert run(*SMALL, *own, "stages=[pretrain]")["training"]["loss"] == "squares"
 
 

@@ -1,7 +1,7 @@
 """What determines each stage of a run, and the key in the store that follows from it."""
 
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,22 +10,12 @@ from sparsity.config import START, Run, Stage
 from sparsity.config.signatures import marked
 from sparsity.files import file_digest
 from sparsity.nodes import STATE, TEACHER, Call, Loss, Regularizer
+from sparsity.pruning.unit import entry
 
 # The code of a stage is every file of this package but those that change no number. What is left counts in a member's
 # first stage, and so in all later ones; what some stages use counts in those alone.
 NO_NUMBERS = ("__init__", "callbacks", "config", "console", "errors", "files", "front", "kinds")
-NO_NUMBERS += (
-    "launcher",
-    "memory",
-    "nodes",
-    "processes",
-    "results",
-    "store",
-    "streams",
-    "sweeper",
-    "tables",
-    "tracking",
-)
+NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "streams", "sweeper", "tables")
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
 NO_NUMBERS += ("tracking", "experiment.closing", "experiment.job", "experiment.views")
 # what counts in the stages that use it alone
@@ -80,14 +70,22 @@ def _state_key(name: str, keys: Mapping[str, Key]) -> Key | None:
 
 def _own(stage: Stage) -> dict[str, Any]:
     """What a stage is made of, besides what comes before it: its function, its numbers, and the code of its own."""
-    numbers = {name: _plain(value) for name, value in stage.call.numbers.items() if value is not None}
-    rooms = {call.target.split(".")[1] for call in _calls(stage.call) if call.target.startswith("sparsity.")}
+    given = {name: _without_entries(value) for name, value in stage.call.numbers.items() if value is not None}
+    numbers = {name: _plain(value) for name, value in given.items()}
+    called = [stage.call.target, *(call.target for value in given.values() for call in _calls(value))]
+    rooms = {target.split(".")[1] for target in called if target.startswith("sparsity.")}
     rooms |= {"limits", "budgets", "accounting"} if "budget" in numbers else set()
     rooms |= {"compaction"} if numbers.get("hold") == "zeros" else set()
     losses = [value for value in stage.call.numbers.values() if isinstance(value, Loss)]
     rooms |= {READS} if any(loss.teacher for loss in losses) else set()
     others = {room.partition(".")[0] for room in store.our_code()} - (rooms & {*OF_SOME, READS})
     return {"function": {**_call(stage.call), "numbers": numbers}, "code": store.our_code(others)}
+
+
+def _without_entries(value: Any) -> Any:
+    """A regularizer of entries by themselves without their unit, which is no code that runs; all else as it is."""
+    is_of_entries = isinstance(value, Regularizer) and value.unit is not None and value.unit.function.function is entry
+    return replace(value, unit=None) if is_of_entries else value
 
 
 def _plain(value: Any) -> Any:

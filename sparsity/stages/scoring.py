@@ -56,7 +56,7 @@ class _Scorer:
         context: Context,
         loss: Loss,
         generators: Sequence[torch.Generator],
-        penalty: Penalty | None,
+        penalty: Penalty | None = None,
     ):
         self.penalty = penalty
         self.population = population.map(Tensor.detach)
