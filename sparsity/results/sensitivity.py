@@ -1,5 +1,6 @@
 """How accuracy falls as each layer alone is pruned: the table, the file and the picture."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from sparsity.results import csv_text, near
 from sparsity.results.lines import legend, styles
 from sparsity.results.pictures import as_typed, drawing, percent, save
 from sparsity.streams import say
-from sparsity.tables import Column, say_parts, show_table
+from sparsity.tables import Column, say_parts, show_table, width_of, wrapped
 
 CSV, PICTURE = "sensitivity.csv", "sensitivity.png"
 FIELDS = ("layer", "entries", "share", "pruned", "accuracy", "set", "network")
@@ -68,11 +69,12 @@ def show(found: Sensitivity) -> None:
         *at_shares,
     ]
     what = "entries" if found.unit == "entry" else f"units ({found.unit})"
-    say(f"{found.network}, {found.dense:.2%} on {found.part}; with a share of the {what} of one layer pruned:")
+    say(f"{found.network} {found.dense:.2%} on {found.part}")
+    say(f"accuracy there with a share of one layer's {what} pruned:")
     show_table(columns)
     say(f"harmless: the share up to which this costs {_in_table(LITTLE)} of accuracy at most")
     if found.whole:
-        say(f"none of them may go: {', '.join(map(_short, found.whole))}")
+        say(wrapped([f"none of them may go: {', '.join(map(_short, found.whole))}"], width_of(sys.stdout)))
 
 
 def _in_table(share: float) -> str:
