@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import re
 import subprocess
 import sys
 
@@ -27,13 +28,15 @@ ROOMS = sorted(
     path.stem for path in (ROOT / "sparsity").glob("*") if path.suffix == ".py" or (path / "__init__.py").exists()
 )
 ROOMS.remove("__init__")
+COMMANDS = {path.parent.name: path for path in (ROOT / "sparsity").rglob("__main__.py")}  # of the rooms that have one
 
 
 def imports_of(room):
-    """The modules that a room's files import, anywhere in them."""
+    """The modules that a room's files import, anywhere in them, but for its command, which is above all rooms."""
     folder = ROOT / "sparsity" / room
     for path in folder.glob("*.py") if folder.is_dir() else [folder.with_suffix(".py")]:
-        yield from _imports_in(path)
+        if path not in COMMANDS.values():
+            yield from _imports_in(path)
 
 
 def _imports_in(path):
@@ -65,6 +68,25 @@ def test_imports_go_down(room):
         parts = module.split(".")
         if parts[0] == "sparsity" and parts[1] in ROOMS and parts[1] != room:
             assert level_of(parts[1]) < level_of(room), f"{room} imports {module}"
+
+
+REACH_UP = {"results": {"sparsity.experiment.probing.sensitivity"}}  # which runs a network, for one word of the command
+
+
+@pytest.mark.parametrize("room", COMMANDS)
+def test_commands_reach_no_higher_than_they_say(room):
+    def is_above(module):
+        parts = module.split(".")
+        return (
+            parts[0] == "sparsity" and parts[1] in ROOMS and parts[1] != room and level_of(parts[1]) >= level_of(room)
+        )
+
+    assert {module for module in _imports_in(COMMANDS[room]) if is_above(module)} == REACH_UP.get(room, set())
+
+
+def test_no_file_imports_a_command():
+    for path in (ROOT / "sparsity").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import)\b.*__main__", path.read_text(), re.MULTILINE), path
 
 
 def test_no_file_imports_itself_by_others():
@@ -102,7 +124,8 @@ def test_no_string_names_a_stage():
 
 @pytest.mark.parametrize("room", sorted(set(ROOMS) - KNOW_HYDRA))
 def test_configuration_stops_at_the_door(room):
-    known = {module.split(".")[0] for module in imports_of(room)}
+    command = _imports_in(COMMANDS[room]) if room in COMMANDS else ()
+    known = {module.split(".")[0] for module in (*imports_of(room), *command)}
     assert not known & {"hydra", "omegaconf", "optuna"}
 
 

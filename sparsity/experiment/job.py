@@ -47,6 +47,8 @@ class Member:
     stages: list[dict[str, Any]] = field(default_factory=list)  # what each stage came to, in order
     histories: dict[str, list[Epoch]] = field(default_factory=dict)
     seen: dict[str, dict[str, float]] = field(default_factory=dict)  # what the pruning rule saw: stds, thresholds
+    densities: list[dict[str, float]] = field(default_factory=list)  # of every parameter, after each stage
+    course: dict[str, Any] | None = None  # the densities on the way through the last stage that prunes while it trains
     states: dict[str, Population] = field(default_factory=dict)  # that a later stage names
     following: Following | None = None  # what follows it in other programs
     penalized: tuple[Population, Population] | None = None  # before and after the last stage with a penalty

@@ -17,7 +17,7 @@ from sparsity.pruning.unit import entry
 NO_NUMBERS = ("__init__", "callbacks", "config", "console", "errors", "files", "front", "kinds")
 NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "streams", "sweeper", "tables")
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
-NO_NUMBERS += ("tracking", "experiment.closing", "experiment.job", "experiment.views")
+NO_NUMBERS += ("tracking", "experiment.closing", "experiment.job", "experiment.probing", "experiment.views")
 # what counts in the stages that use it alone
 OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction")
 

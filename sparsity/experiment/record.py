@@ -27,6 +27,7 @@ from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of,
 from sparsity.experiment.views import accuracies, selection
 from sparsity.population import Population, join
 from sparsity.results import plots
+from sparsity.results.lines import Course
 from sparsity.results.sealed import FORMAT, sealed
 from sparsity.stages import MASKED, PENALIZED, Context
 from sparsity.stages.rules import owner_of
@@ -258,7 +259,10 @@ class Record:
         """Brings one member to where a finished stage leaves it."""
         before = member.population
         member.population = population_of(kept.tensors, before, self.device)
-        note = {**kept.note, "left": results.describe_left(self._report(member.population))}  # as this code counts it
+        report = self._report(member.population)
+        note = {**kept.note, "left": results.describe_left(report)}  # as this code counts it
+        member.densities.append({row.name: row.density for row in report.rows})
+        member.course = note.get("course", member.course)
         own = stage.take([self.members.index(member)])
         member.stages.append(_about(own, note))
         member.computed_with[stage.name] = note["computed_with"]
@@ -354,7 +358,7 @@ class Record:
         """The pictures of a run, the weights before and after its last penalty among them."""
         names = ("before regularizing", "after regularizing")
         states = {name: each.state(0) for name, each in zip(names, member.penalized or ())}
-        plots.draw_all(member.job.folder, member.histories, result, states, results.title(result))
+        plots.draw_all(member.job.folder, member.histories, result, states, results.title(result), _course(member))
 
     def _show(self, member: Member, report: Report) -> None:
         """The table of what is left, once: later stages leave the zeros that pruning made."""
@@ -388,6 +392,15 @@ class Record:
             "environment": results.environment(self.device, precision_of(run, self.device), typed),
             "config": job.config,
         }
+
+
+def _course(member: Member) -> Course | None:
+    """The densities from stage to stage where several prune, or through the only one, if it trains meanwhile."""
+    if sum(MASKED in stage["did"] for stage in member.stages) > 1:
+        shares = {name: [each[name] for each in member.densities] for name in member.densities[0]}
+        names = [stage["name"] for stage in member.stages]
+        return Course(range(len(names)), shares, names)
+    return None if member.course is None else Course(member.course["steps"], member.course["densities"])
 
 
 def _about(stage: Planned, note: Mapping[str, Any]) -> dict[str, Any]:

@@ -93,6 +93,10 @@ def check(kept: Kept, like: Population) -> None:
     note = kept.note
     numbers = [note["seconds"], note["accuracy"]["test"], note["accuracy"]["validation"]]
     numbers += [number for name in ("stds", "thresholds") for number in note.get(name, {}).values()]
+    numbers.append(note.get("decay"))
+    course = note.get("course", {"steps": [], "densities": {}})
+    places = [course["steps"], *course["densities"].values()]
+    numbers += [number for each in places for number in each]
     rows = [epoch_of(row) for row in note["history"]]
     numbers += [number for row in note["history"] for number in row.values()]
     if note["selected_epoch"] is not None:
@@ -101,6 +105,8 @@ def check(kept: Kept, like: Population) -> None:
         raise Damaged("it is of a loss that diverged")
     if any(isinstance(number, bool) or not isinstance(number, int | float | None) for number in numbers):
         raise Damaged("its note holds other things than numbers")
+    if any(len(each) != len(course["steps"]) for each in places):
+        raise Damaged("its densities are not those of its steps")
     if not math.isfinite(note["seconds"]) or not isinstance(note["computed_with"], dict):
         raise Damaged("its note does not say how it was computed")
     if not set(note["did"]) <= set(DEEDS):

@@ -20,6 +20,8 @@ from sparsity.streams import be_lenient, say
 REFERENCE_ACCURACY = 0.9
 COMPARED = Path("outputs/compared")
 NETWORK = "model.safetensors"
+PROBE = "sensitivity"
+SHARES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98,0.99"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,7 +30,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m sparsity.results",
         description="Summarises sweeps that were run, also interrupted ones and folders of single runs: writes "
         "summary.csv, front.json, pareto.png and pareto.html, and shows the front.",
-        epilog="The front and a choice go by validation accuracy; test accuracy is reported beside it.",
+        epilog="The front and a choice go by validation accuracy; test accuracy is reported beside it. "
+        f"{PROBE} RUN prunes each layer of one run alone: {PROBE} --help.",
     )
     found.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, or any folder of runs")
     found.add_argument(
@@ -66,6 +69,67 @@ def parser() -> argparse.ArgumentParser:
         f"{NETWORK} and {RESULT}, or as the new file PATH where it ends in .safetensors",
     )
     return found
+
+
+def parser_of_probe() -> argparse.ArgumentParser:
+    """What the command line takes that prunes each layer alone."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m sparsity.results {PROBE}",
+        description="Prunes each layer of a finished run's network alone, the smallest weights first (of a run that "
+        "prunes filters or other units, these), and measures accuracy on validation without training: a table, "
+        f"{PROBE}.csv and {PROBE}.png.",
+    )
+    found.add_argument("folder", type=Path, metavar="RUN", help="the folder of a finished run")
+    found.add_argument(
+        "--shares",
+        metavar="A,B,…",
+        default=SHARES,
+        help="of a layer that are pruned, each in [0, 1] (default: %(default)s)",
+    )
+    found.add_argument(
+        "--stage",
+        metavar="NAME",
+        help="the stage whose network it is (default: the last before the first that prunes, else the final network)",
+    )
+    found.add_argument("--out", type=Path, metavar="FOLDER", help="where the files go (default: into RUN)")
+    found.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module outside this package that the run's model, data or unit is of",
+    )
+    return found
+
+
+def probe(arguments: argparse.Namespace) -> None:
+    """Prunes each layer of a run alone."""
+    shares = _shares(arguments.shares)
+    from sparsity.experiment.probing import sensitivity
+    from sparsity.results.sensitivity import show, write
+
+    found = sensitivity(arguments.folder, shares, stage=arguments.stage, trust=arguments.trust)
+    show(found)
+    write(found, arguments.out or arguments.folder)
+
+
+def _shares(text: str) -> list[float]:
+    """Shares as they are typed, rising, each once."""
+    found = set()
+    for entry in text.split(","):
+        try:
+            share = float(entry)
+        except ValueError:
+            share = float("nan")
+        if not 0 <= share <= 1:
+            raise ConfigError(f"--shares must be shares in [0, 1], such as 0.5,0.9,0.99, got {entry.strip() or text!r}")
+        found.add(share)
+    return sorted(found)
+
+
+def _is_probe(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for the pruning of layers; a sweep of that name stands alone, or is ./ of it."""
+    return list(arguments[:1]) == [PROBE] and (len(arguments) > 1 or not Path(PROBE).is_dir())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -144,8 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 for a user's mistake, which is told in one line."""
     be_lenient()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run(parser().parse_args(arguments))
+        if _is_probe(arguments):
+            probe(parser_of_probe().parse_args(arguments[1:]))
+        else:
+            run(parser().parse_args(arguments))
     except SparsityError as error:
         print(error, file=sys.stderr)
         return USER_MISTAKE

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from sparsity.files import whole
-from sparsity.results.pictures import as_typed, drawing
+from sparsity.results.lines import Course, draw_densities
+from sparsity.results.pictures import COLOURS, as_typed, drawing
+from sparsity.results.pictures import percent as _percent
+from sparsity.results.pictures import save as _save
 from sparsity.tensors import Tensors
 from sparsity.training import Epoch
 
 Histories = dict[str, list[Epoch]]  # by stage
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#777777")  # Tol's bright ones
 ROUND = re.compile(r"-\d+$")  # of a repeated stage's name
 ACCURACIES = {"validation": "-", "test": ":"}
 NUM_BINS = 80
@@ -28,8 +29,12 @@ def draw_all(
     result: Mapping[str, Any],
     states: dict[str, Tensors],
     title: str,
+    course: Course | None = None,
 ) -> list[Path]:
-    """The pictures that the run has something for; states: the weights before and after regularizing."""
+    """The pictures that the run has something for; states: the weights before and after regularizing.
+
+    course: of the densities, where there is one to show.
+    """
     layers = result["layers"]
     with drawing():
         paths = [draw_density(folder / "density.png", layers, as_typed(title))]
@@ -37,6 +42,8 @@ def draw_all(
             paths.append(draw_curves(folder / "curves.png", histories, as_typed(title)))
         if sum("masked" in stage["did"] for stage in result["stages_run"]) > 1:
             paths.append(draw_rounds(folder / "rounds.png", result["stages_run"], as_typed(title)))
+        if course is not None:
+            paths.append(draw_densities(folder / "densities.png", course, layers, as_typed(title)))
         if any(tensor.ndim > 1 for state in states.values() for tensor in state.values()):
             paths.append(draw_weights(folder / "weights.png", states, layers, as_typed(title)))
         return paths
@@ -99,10 +106,6 @@ def _draw_accuracy(axis: Any, rows: list[Any], offset: int, colour: str, marker:
         found = [(offset + row.epoch, 1 - getattr(row, name)[member]) for row in rows if getattr(row, name)]
         if found:
             axis.plot(*zip(*found), style, color=colour, marker=marker)
-
-
-def _percent(value: float, position: int | None = None) -> str:
-    return f"{100 * value:.3g} %"
 
 
 def _few_percents(value: float, position: int | None = None) -> str:
@@ -198,9 +201,3 @@ def draw_weights(path: Path, states: dict[str, Tensors], layers: list[dict[str, 
     figure.supylabel("number of weights", fontsize=9)
     figure.suptitle(title, fontsize=10)
     return _save(figure, path)
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with whole(path, durable=True) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
-    return path

@@ -93,6 +93,7 @@ class Pruner:
         self.met: Met | None = None
         self.last: Tensors = {}
         self.seen: dict[str, dict[str, list[float]]] = {}
+        self.densities: list[Tensors] = []  # of each weight, [members], after every change
 
     @property
     def names(self) -> list[str]:
@@ -112,6 +113,8 @@ class Pruner:
             population = _masked(population, masks)
         is_kept = {} if self.comes_back else self.last
         self.last |= {name: mask & is_kept[name] if name in is_kept else mask for name, mask in masks.items()}
+        weights = [name for name in self.last if self.layouts[name].kind == "weight"]
+        self.densities.append({name: self.last[name].flatten(1).double().mean(1) for name in weights})
         return dict(self.last)
 
     def _masks(self, population: Population, scores: Scores, share: float, of_rounds: float) -> Tensors:
@@ -170,6 +173,18 @@ class Pruner:
             for member in range(len(self.given))
         ]
 
+    def courses(self, steps: Sequence[int]) -> list[dict[str, Any]]:
+        """The densities of each member on the way, where there are many changes of some; steps: of the changes."""
+        found = list(zip(steps, self.densities))
+        found = found[:: -max(1, -(-len(found) // MOST_CHANGES))][::-1]  # the last one among them
+        names = found[-1][1] if found else ()
+        each = {name: torch.stack([densities[name] for _, densities in found], 1).tolist() for name in names}
+        places = [step for step, _ in found]
+        return [
+            {"steps": places, "densities": {name: own[member] for name, own in each.items()}}
+            for member in range(len(self.given))
+        ]
+
     def _of_budget(self, member: int) -> dict[str, Any]:
         """The sensitivity that a budget asked for, and what it came to."""
         if self.met is None:
@@ -189,6 +204,8 @@ def _part_of(numbers: Tensor, share: float, interval: Range) -> Tensor:
     """A rule's numbers a share of the way; of shares that go, so that as much of the rest goes every time."""
     return 1 - (1 - numbers) ** share if interval.high == 1 else numbers * share
 
+
+MOST_CHANGES = 200  # whose densities are told
 
 NEARLY = 0.002  # of a budget: what may be left unused on the way to it
 

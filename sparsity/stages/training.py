@@ -97,7 +97,11 @@ def train(
         )
     finally:
         watcher.close()
-    notes = pruner.notes(final_from(changing, loop, num_batches)) if pruner else []
+    notes = []
+    if pruner:
+        courses = pruner.courses(list(changing.shares(loop.epochs * num_batches)))
+        own = pruner.notes(final_from(changing, loop, num_batches))
+        notes = [{**note, "course": course} for note, course in zip(own, courses)]
     if adapt:
         notes = [{"decay": node.decay * factor} for node, factor in zip(penalty, trained.scale)]
     return Outcome(
