@@ -169,13 +169,13 @@ class Step:
         seen = {name: p * masks[name] if name in masks else p for name, p in population.parameters.items()}
         return replace(population, parameters=seen)
 
-    def strengthen(self, progress: float) -> None:
+    def strengthen(self, progress: float, rate: float) -> None:
         """Sets the decay to what it is after a share of training, if it may change; of shrinking, times the rate."""
         scale = 1 if self.scale is None else self.scale
         if self.penalty is not None and (self.penalty.rise is not None or self.scale is not None):
             self.decay.copy_(self.penalty.decay_at(progress) * scale)
         if self.shrink is not None:
-            self.strength.copy_(self.shrink.decay_at(progress) * self.rate * scale)
+            self.strength.copy_(self.shrink.decay_at(progress) * rate * scale)
 
     @property
     def rate(self) -> float:

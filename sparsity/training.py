@@ -338,8 +338,8 @@ def _run_epoch(
     drawn = _drawn(generators, num_images, loop.draws) if loop.augment else None
     for index, batch in enumerate(step.batches(order, loop.batch_size, drawn)):
         progress = (epoch - 1 + index / num_batches) / loop.epochs
-        step.rate = loop.learning_rate(progress)
-        step.strengthen(progress)
+        step.rate = rate = loop.learning_rate(progress)
+        step.strengthen(progress, rate)
         sums += step(*batch) * batch[-1].shape[1]
         masking.after((epoch - 1) * num_batches + index + 1)
         adapting.after((epoch - 1) * num_batches + index + 1)
