@@ -98,7 +98,7 @@ class Pruner:
     @property
     def names(self) -> list[str]:
         """The parameters that may be masked: all, where units take what belongs to them along."""
-        return list(self.layouts) if self.rule.structural else list({*self.rule.names, *self.masked})
+        return list(self.layouts) if self.rule.structural else list(dict.fromkeys([*self.rule.names, *self.masked]))
 
     def masks(self, population: Population, share: float) -> Tensors:
         """The masks at a share of the way to the rule's number, or from what there was at first to the budget.
@@ -113,7 +113,7 @@ class Pruner:
             population = _masked(population, masks)
         is_kept = {} if self.comes_back else self.last
         self.last |= {name: mask & is_kept[name] if name in is_kept else mask for name, mask in masks.items()}
-        weights = [name for name in self.last if self.layouts[name].kind == "weight"]
+        weights = [name for name, layout in self.layouts.items() if layout.kind == "weight" and name in self.last]
         self.densities.append({name: self.last[name].flatten(1).double().mean(1) for name in weights})
         return dict(self.last)
 
