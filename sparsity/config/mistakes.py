@@ -378,7 +378,7 @@ _TOLD: dict[str, Callable[..., str]] = {
     r"Primary config directory not found.*config directory '(.*?)' exists": _no_primary,
     r"provider=.*?, path=(.*) is not available": _not_available,
     r"Running Hydra app with --multirun": _two_modes,
-    r"Could not load '(\w+/\w+)'": _none_of_the_listed,
+    r"In 'config': Could not load '(\w+/\w+)'": _none_of_the_listed,
     r"Additional config directory '(.*)' not found": _no_folder,
     r"Cannot find primary config '(.*?)'": _no_config,
 }
