@@ -44,6 +44,7 @@ def test_a_decay_rises_while_too_much_is_left_and_falls_after():
     assert change.factor((0.1, 0.5), (0.2, math.nan)) == 1.0  # of what has diverged
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["eager", *slow("recorded")])
 def test_decays_are_each_members_own(way):
     population = linear(2)
@@ -74,6 +75,7 @@ def test_as_typed(run):
     assert abs(math.log(pruned["sensitivity"] / default)) < abs(math.log(given["sensitivity"] / default)) / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -125,6 +125,7 @@ def test_mistakes(overrides, message):
         config.read(compose(overrides)[0], typed=overrides)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_was_trained_by(run):
     small = ("model=mlp", "model.factory.hidden=[8]", "plots=false", "stages=[pretrain]")
     plain, smooth = run(*small), run(*small, "loss=label_smoothing")

@@ -65,6 +65,7 @@ def test_the_recipes_that_ship(recipe, names):
     assert recipe in choices("recipe") and len(choices("recipe")) == 9
 
 
+@pytest.mark.slow
 def test_methods_that_recipes_bring_give_way_to_typed_ones():
     assert read("recipe=gradual").name["prune"] == "percentile" and read("recipe=at_init").name["reg"] == "none"
     assert read("recipe=gradual", "prune=std", "reg=l1").name["prune"] == "std"
@@ -105,6 +106,7 @@ def test_keys_are_read_where_a_reader_is_listed():
         assert not few.is_read(key), key
 
 
+@pytest.mark.slow
 def test_a_node_may_read_another_node(own):
     more = "polish: {_target_: sparsity.stages.train, schedule: '${recipe.finetune.schedule}', batch_size: 7, "
     where = own(
@@ -231,6 +233,7 @@ def test_a_recipe_without_a_list_and_one_of_an_unknown_method(own):
         read(*own("recipe", "defaults: [standard, override /reg: nosuch]\n"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", ["recipe", *slow("experiment")])
 def test_a_merge_into_what_a_stage_reads_is_refused(own, group):
     start = "defaults: [standard]\n" if group == "recipe" else ""
@@ -255,6 +258,7 @@ def test_a_typed_sensitivity_beats_the_budget_of_a_yaml(own):
     assert read("sensitivity=null", "budget.nonzero=5").budget == Budget(nonzero=5)
 
 
+@pytest.mark.slow
 def test_stages_of_other_names_and_code_are_stages_too(own, run, monkeypatch, tmp_path):
     (tmp_path / "own_stages.py").write_text(
         "from dataclasses import replace\n"
@@ -274,6 +278,7 @@ def test_stages_of_other_names_and_code_are_stages_too(own, run, monkeypatch, tm
     assert [stage["function"] for stage in result["stages_run"]] == ["train", "halve"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "message"),
     [

@@ -195,6 +195,7 @@ def test_a_pattern_of_n_in_m_is_trained_straight_through(run):
     assert int((weight.unflatten(1, (-1, 4)) != 0).sum(2).max()) == 2 and result["accuracy"]["final"]["test"] > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

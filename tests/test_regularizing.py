@@ -135,6 +135,7 @@ def test_exact_zeros_are_counted_and_held(run):
     assert result["compression"]["weights"] > 1.15 and result["accuracy"]["dense"]["test"] > 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

@@ -181,6 +181,7 @@ def keys_of(*given):
     return [found[name].key for name in ("pretrain", "finetune")]
 
 
+@pytest.mark.slow
 def test_a_teacher_counts_by_what_it_is_wherever_it_lies(tmp_path, monkeypatch):
     folder = folder_of(tmp_path)
     keys = keys_of(folder)
@@ -253,6 +254,7 @@ def test_a_teacher_of_something_else_is_refused(more, words, tmp_path):
     assert re.search(words, line) and "\n" not in line, line
 
 
+@pytest.mark.slow
 def test_what_is_no_teacher_is_refused(tmp_path):
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text("{}")

@@ -100,6 +100,7 @@ def test_a_package_that_is_missing_is_one_line_before_anything_trains(name, monk
         config.read(composed)
 
 
+@pytest.mark.slow
 def test_several_at_once_and_unknown_ones():
     composed, _ = config.compose(["track=[tensorboard,mlflow]", "track.mlflow.function.experiment=mine"])
     found = config.read(composed).track.others
@@ -118,6 +119,7 @@ def test_what_follows_a_run_changes_no_key_and_no_number(run, tmp_path):
     assert list((Path(tracked["folder"]) / "events").iterdir())
 
 
+@pytest.mark.slow
 def test_what_follows_a_sweep_names_no_other():
     def name(*typed):
         composed, own = config.compose(list(typed))
