@@ -100,7 +100,7 @@ def _result(folder: Path) -> dict[str, Any]:
         result = read_result(path)
     except (Unreadable, OSError) as problem:
         raise ConfigError(f"{path} {problem}: run it again") from problem
-    if "checksum" not in result or "stages_run" not in result:
+    if not {"checksum", "stages_run", "files", "config"} <= result.keys():
         raise ConfigError(f"{path} is of an earlier version, which says too little: run it again")
     return result
 

@@ -72,7 +72,7 @@ def show(found: Sensitivity) -> None:
     say(f"{found.network} {found.dense:.2%} on {found.part}")
     say(f"accuracy there with a share of one layer's {what} pruned:")
     show_table(columns)
-    say(f"harmless: the share up to which this costs {_in_table(LITTLE)} of accuracy at most")
+    say(f"harmless: the share up to which it costs {100 * LITTLE:g} percentage point")
     if found.whole:
         say(wrapped([f"none of them may go: {', '.join(map(_short, found.whole))}"], width_of(sys.stdout)))
 
