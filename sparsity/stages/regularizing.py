@@ -92,8 +92,11 @@ def penalty_of_groups(function: Callable[..., Tensor], grouping: Grouping, views
     found = []
     for norms, sizes, _ in _scaled(grouping, views):
         flat = norms.reshape(1, -1, 1, 1)
-        counts = torch.as_tensor(sizes, dtype=norms.dtype, device=norms.device).expand_as(norms).reshape(flat.shape)
-        found.append(function(flat, **({"sizes": counts} if _asks_for_sizes(function) else {}), **numbers))
+        given = {}
+        if _asks_for_sizes(function):  # made where the norms are: a GPU's capture lets nothing in from outside
+            counts = sizes if isinstance(sizes, Tensor) else torch.full_like(norms, sizes)
+            given["sizes"] = counts.to(norms.dtype).expand_as(norms).reshape(flat.shape)
+        found.append(function(flat, **given, **numbers))
     total = torch.stack(found).sum()
     return total.clamp_max(torch.finfo(total.dtype).max)
 
