@@ -24,9 +24,9 @@ from benchmarks.subjects import NETWORKS
 
 ROOT = Path(__file__).parent.parent
 COMPRESSIONS = (10, 30, 100)
-IMPORTANCES = "magnitude taylor taylor_squared snip grasp brain_damage wanda synflow random".split()
-REGULARIZERS = """none l1 hoyer hs transformed_l1 group_lasso sized_lasso group_hs proximal_l1 proximal_lasso
-    p_decay""".split()
+IMPORTANCES = ["magnitude", "taylor", "taylor_squared", "snip", "grasp", "brain_damage", "wanda", "synflow", "random"]
+REGULARIZERS = ["none", "l1", "hoyer", "hs", "transformed_l1", "group_lasso", "sized_lasso", "group_hs"]
+REGULARIZERS += ["proximal_l1", "proximal_lasso", "p_decay"]
 FACTORS = (0.1, 0.3, 1, 3, 10)  # of a regularizer's own decay; validation chooses
 # every row trains 40 epochs: those of the standard recipe, or its own stages lengthened to as many
 RECIPES = {
@@ -141,7 +141,7 @@ def row_of(folder: Path, method: str) -> str | None:
 
 
 def cell(settings: dict[str, list[tuple[float, float]]], num_seeds: int) -> str:
-    """Mean ± standard deviation over the seeds, of the setting that validation prefers; — where nothing was finished."""
+    """Mean ± standard deviation over the seeds of the setting that validation prefers; — of none."""
     if not settings:
         return "—"
     decay, best = max(settings.items(), key=lambda each: statistics.mean(accuracy for accuracy, _ in each[1]))

@@ -7,7 +7,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "run": "sparsity.experiment",
-    "load": "sparsity.weights",
+    "load": "sparsity.artifact",
     "SparsityError": "sparsity.errors",
     "ConfigError": "sparsity.errors",
     "DataError": "sparsity.errors",

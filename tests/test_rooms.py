@@ -15,7 +15,7 @@ LEVELS = [
     {"files", "tensors", "tables", "nodes", "limits"},
     {"models", "data", "losses", "augmentation", "regularizers", "shrinking", "pruning", "graph", "capture"},
     {"population", "weights", "teachers"},
-    {"step"},
+    {"step", "artifact"},
     {"evaluation"},
     {"training", "accounting", "compaction"},
     {"budgets"},

@@ -100,7 +100,7 @@ class Channels(Slots):
         pairs = [args[1][index : index + 2] for index in range(0, len(args[1]), 2)]
         padded = [value.ndim - 1 - index for index, pair in enumerate(pairs) if any(pair)]
         if all(value.shape[axis] == 1 for axis in padded):
-            return value if filling == 0 else self.constant(value)
+            return self.each(value, always=filling != 0, uneven=True)
         whole = value.expand(args[0].shape)
         return compressed(torch.constant_pad_nd(whole, args[1], NOTHING if filling == 0 else ANYTHING))
 
@@ -193,7 +193,7 @@ class Channels(Slots):
         shape = (1,) * (labels.ndim - other.ndim) + tuple(other.shape)
         if any(shape[axis] > 1 for axis in varying(labels)):
             self.freeze(labels, name)
-        return labels
+        return self.each(labels, uneven=True) if max(shape, default=1) > 1 else labels
 
     def both(self, left: Tensor, right: Tensor, is_product: bool) -> Tensor:
         """The slots of a sum or a product of two; those that meet are tied."""
@@ -216,12 +216,12 @@ class Channels(Slots):
         """Slots that speak whatever they are made of."""
         return self.each(labels, always=True)
 
-    def each(self, labels: Tensor, always: bool = False) -> Tensor:
+    def each(self, labels: Tensor, always: bool = False, uneven: bool = False) -> Tensor:
         """A slot behind each slot."""
         slots, inverse = labels.unique(return_inverse=True)
         outs = self.new(len(slots))
         self.tie(outs, slots)
-        self.nodes.append(Join(outs, slots, torch.arange(len(slots)), always=always))
+        self.nodes.append(Join(outs, slots, torch.arange(len(slots)), always=always, uneven=uneven))
         return outs[inverse]
 
     def scaled(
@@ -249,6 +249,7 @@ class Channels(Slots):
         outs = self.new(len(codes))
         self.tie(outs, ins)
         entries: dict[str, Entry] = {}
+        uneven = any(held is not None and sum(map(is_long, held.places)) > 1 for held in given.values())
         loud = always
         place = 1
         for key, held in given.items():
@@ -264,7 +265,7 @@ class Channels(Slots):
                 entries[key] = entry
             else:
                 loud = loud or key in ("shift", "offset")
-        self.nodes.append(Scale(ins, outs, always=loud, **entries))
+        self.nodes.append(Scale(ins, outs, always=loud, uneven=uneven, **entries))
         return outs[inverse]
 
     def beside(self, labels: Tensor, held: Held) -> int | None:
@@ -357,11 +358,13 @@ class Channels(Slots):
         labels = self.constant(labels) if name == "logsumexp" else labels
         return [labels] + [None] * (len(results) - 1)
 
-    def pooled(self, name: str, labels: Tensor, results: list[Tensor]) -> Any:
+    def pooled(self, name: str, labels: Tensor, args: Any, results: list[Tensor]) -> Any:
         """A function of the positions around each, of as many axes as its name says."""
         digits = [int(before) for before, after in pairwise(name) if before.isdigit() and after == "d"]
         count = digits[-1] if digits else 2
         axes = range(labels.ndim - count, labels.ndim)
+        if "avg_pool" in name and len(args) > 3 and any(args[3]):  # zeros beside the edges are averaged in
+            labels = self.each(labels, uneven=True)
         return [self.merged(labels, axes)] + [None] * (len(results) - 1)
 
     def batch_norm(self, labels: Tensor, args: Any, results: list[Tensor]) -> Any:
@@ -412,6 +415,11 @@ class Channels(Slots):
         if not alone:
             self.pin(labels)
         return [self.scaled(labels, tensor.shape, always=not alone, **parts)] + [None] * (len(results) - 1)
+
+
+def is_long(place: Tensor) -> bool:
+    """Whether places differ."""
+    return place.numel() > 1
 
 
 def _may_speak(choice: Any) -> bool:

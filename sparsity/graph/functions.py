@@ -55,7 +55,56 @@ SILENT = frozenset((
     "_fused_sdp_choice", "is_same_size", "new_empty_strided", "empty_strided",
 ))
 SPATIAL = ("max_pool", "avg_pool", "upsample", "reflection_pad", "replication_pad", "_adaptive", "adaptive", "mkldnn")
+# Functions that make tensors of sizes and numbers alone.
+CREATIONS = frozenset((
+    "zeros", "zeros_like", "new_zeros", "ones", "ones_like", "new_ones", "full", "full_like", "new_full", "arange",
+))
+_RANDOM = frozenset(("bernoulli", "rrelu_with_noise"))
 # fmt: on
+_KNOWN = (
+    frozenset().union(
+        KEEP_ZERO,
+        FORGET_ZERO,
+        OF_ENTRIES,
+        COMPARISONS,
+        SUMS,
+        FACTORS,
+        MOVES,
+        VIEWS,
+        REDUCTIONS,
+        NORMS,
+        MATRIX_PRODUCTS,
+        CONVOLUTIONS,
+        ATTENTIONS,
+        CREATIONS,
+        (
+            "cat",
+            "stack",
+            "fill",
+            "constant_pad_nd",
+            "embedding",
+            "where",
+            "masked_fill",
+            "_softmax",
+            "_log_softmax",
+            "softmax",
+            "log_softmax",
+            "cumsum",
+            "native_layer_norm",
+            "_fused_rms_norm",
+            "rms_norm",
+            "native_group_norm",
+            "argmax",
+            "argmin",
+        ),
+    )
+    - _RANDOM
+)  # fmt: skip
+
+
+def is_known(name: str) -> bool:
+    """Whether a function gives the same for the same, and does nothing else."""
+    return name in _KNOWN or name.startswith(SPATIAL)
 
 
 def keeps_zero(name: str, first: bool, args: Any, kwargs: Any, numbers: list[float]) -> bool:

@@ -33,7 +33,8 @@ class Products(Channels):
         rows, columns = (int(transposed), int(not transposed))
         entries = [Entry(held.name, axis, torch.arange(held.sizes[axis]), held.sizes[axis]) for axis in (rows, columns)]
         shift = self.shift(bias, outs)
-        self.nodes.append(LayerUse(held.name, *entries, ins, outs, shift, groups, size))
+        uneven = transposed or any(args[4])
+        self.nodes.append(LayerUse(held.name, *entries, ins, outs, shift, groups, size, uneven=uneven))
         self.link_layer(self.nodes[-1])
         return outs.view(1, -1, *[1] * (result.ndim - 2))
 
@@ -142,7 +143,7 @@ class Products(Channels):
         self.nodes.append(
             LayerUse(held.name, *entries, anything.expand(num_ins), self.unheard(num_outs), None, 1, 1, slots)
         )
-        found = self.each(labels, always=added is not None)
+        found = self.each(labels, always=added is not None, uneven=True)
         return found.T if swapped else found
 
     def unheard(self, count: int) -> Tensor:

@@ -47,15 +47,15 @@ if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_regist
 
 def record(module: nn.Module, images: Tensor) -> Units:
     """The units of a module in evaluation, from one pass over images [batch, *shape]; MACs are those of the batch."""
-    with torch.no_grad(), one_thread(), _op_by_op():
-        recorder = _Recorder(module, images)
+    with torch.no_grad(), one_thread(), op_by_op():
+        recorder = Recorder(module, images)
         with recorder:
             outputs = module.eval()(images)
         return recorder.slots.units(outputs)
 
 
 @contextlib.contextmanager
-def _op_by_op() -> Iterator[None]:
+def op_by_op() -> Iterator[None]:
     """Attention and recurrent layers op by op: fused, each is one function that says nothing of what it does."""
     fast, libraries = torch.backends.mha.get_fastpath_enabled(), (torch.backends.mkldnn, torch.backends.cudnn)
     before = [library.enabled for library in libraries]  # their flags() sets, and warns of, more than this
@@ -70,7 +70,7 @@ def _op_by_op() -> Iterator[None]:
             library.enabled = enabled
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Watches the functions that torch computes in one pass."""
 
     def __init__(self, module: nn.Module, images: Tensor):
@@ -91,7 +91,11 @@ class _Recorder(TorchDispatchMode):
         self.slots.alive.append((args, kwargs, result))
         name = name.removesuffix("_") if changed is not None else name
         self._note(name, function, args, kwargs, result, changed, before)
+        self.saw(function, args, kwargs, result)
         return result
+
+    def saw(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """What else there is to do with a function, once its results have their slots."""
 
     def _note(
         self, name: str, function: Any, args: Any, kwargs: Any, result: Any, changed: Tensor | None, before: Value
@@ -192,5 +196,5 @@ class _Recorder(TorchDispatchMode):
         if name == "native_group_norm":
             return self.slots.group_norm(first, args, results)
         if name.startswith(SPATIAL):
-            return self.slots.pooled(name, first, results)
+            return self.slots.pooled(name, first, args, results)
         return self.slots.give_up(name, args, kwargs)

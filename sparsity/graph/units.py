@@ -80,6 +80,7 @@ class LayerUse:
     groups: int = 1
     size: int = 1  # MACs for each pair of an input and an output: kernel size · positions
     repeats: Tensor | None = None  # slots that the positions are of, where positions can be removed: size is of each
+    uneven: bool = False  # whether positions hear different numbers of taps, as by padding
 
     @property
     def is_whole(self) -> bool:
@@ -118,11 +119,22 @@ class LayerUse:
         found = (self.connections(facts) & given).any(2).flatten()
         speaks[self.outs] = found if self.bias is None else found | facts.along(self.bias)
 
-    def hear(self, heard: Tensor, speaks: Tensor, facts: Facts) -> None:
-        """An input is heard where it speaks to an output that is."""
+    def vary(self, varies: Tensor, speaks: Tensor, facts: Facts) -> None:
+        """An output varies if it hears an input that does, or a constant at some positions more than at others."""
+        given = (varies | speaks if self.uneven else varies)[self.ins].view(self.groups, 1, -1)
+        varies[self.outs] = (self.connections(facts) & given).any(2).flatten()
+
+    def hear(self, heard: Tensor, asks: Tensor, varies: Tensor, facts: Facts) -> None:
+        """An input is heard where it speaks to an output that is; a constant can be a part of the bias instead."""
         asked = heard[self.outs].view(self.groups, -1, 1)
-        found = (self.connections(facts) & asked).any(1).flatten() & speaks[self.ins]
+        told = (varies if self.folds else asks)[self.ins]
+        found = (self.connections(facts) & asked).any(1).flatten() & told
         heard[self.ins[found]] = True
+
+    @property
+    def folds(self) -> bool:
+        """Whether what a constant input gives is the same at every position, so that a bias can hold it."""
+        return not self.uneven and self.repeats is None and self.groups == 1
 
     def go(self, gone: Tensor, rows: Tensors, free: Container[str], with_it: Went) -> None:
         """An output goes with its row and bias; where a row belongs to one input, both go with it."""
@@ -161,6 +173,7 @@ class Scale:
     offset: Entry | None = None  # the running mean
     belongs: Entry | None = None  # what goes with a channel and decides nothing, such as slopes
     always: bool = False  # whether its input counts as speaking: a normalisation over channels
+    uneven: bool = False  # whether a channel's numbers differ from position to position
 
     def speak(self, speaks: Tensor, facts: Facts) -> None:
         """A channel speaks if its input or the running mean does, scaled by other than 0, or if its shift does."""
@@ -171,7 +184,13 @@ class Scale:
             found = found & facts.along(self.factor)
         speaks[self.outs] = found if self.shift is None else found | facts.along(self.shift)
 
-    def hear(self, heard: Tensor, speaks: Tensor, facts: Facts) -> None:
+    def vary(self, varies: Tensor, speaks: Tensor, facts: Facts) -> None:
+        """A channel varies if its input does, scaled by other than 0; all do by statistics of all."""
+        found = varies[self.ins]
+        found = found if self.factor is None else found & facts.along(self.factor)
+        varies[self.outs] = found | self.always | (speaks[self.outs] & self.uneven)
+
+    def hear(self, heard: Tensor, asks: Tensor, varies: Tensor, facts: Facts) -> None:
         """A channel's input is heard where the channel is."""
         heard[self.ins[heard[self.outs]]] = True
 
@@ -194,6 +213,7 @@ class Join:
     targets: Tensor  # for each source the position of its out
     telling: Tensor | None = None  # which of the sources decide whether an out speaks; None: all
     always: bool = False  # whether outs speak whatever their sources do
+    uneven: bool = False  # whether positions get different shares of a constant, as by padding
 
     def speak(self, speaks: Tensor, facts: Facts) -> None:
         """An out speaks if one of its sources does."""
@@ -202,7 +222,13 @@ class Join:
         found[self.targets[loud]] = True
         speaks[self.outs] = found
 
-    def hear(self, heard: Tensor, speaks: Tensor, facts: Facts) -> None:
+    def vary(self, varies: Tensor, speaks: Tensor, facts: Facts) -> None:
+        """An out varies if one of its sources does, whichever; images do, which have none."""
+        found = torch.full((len(self.outs),), self.always and (self.uneven or not len(self.sources)))
+        found[self.targets[(varies | speaks if self.uneven else varies)[self.sources]]] = True
+        varies[self.outs] = found
+
+    def hear(self, heard: Tensor, asks: Tensor, varies: Tensor, facts: Facts) -> None:
         """All sources of an out that is heard are."""
         heard[self.sources[heard[self.outs][self.targets]]] = True
 
@@ -226,7 +252,11 @@ class Product:
         """An out speaks if both factors do."""
         speaks[self.outs] = speaks[self.left] & speaks[self.right]
 
-    def hear(self, heard: Tensor, speaks: Tensor, facts: Facts) -> None:
+    def vary(self, varies: Tensor, speaks: Tensor, facts: Facts) -> None:
+        """An out varies if a factor does and neither is 0."""
+        varies[self.outs] = (varies[self.left] | varies[self.right]) & speaks[self.outs]
+
+    def hear(self, heard: Tensor, asks: Tensor, varies: Tensor, facts: Facts) -> None:
         """Both factors of an out that is heard are."""
         asked = heard[self.outs]
         heard[self.left[asked]] = True
@@ -299,12 +329,13 @@ class Units:
         """Which units cannot be cut out, given the parameters and buffers: bool [units], and True for number 0.
 
         A unit is kept if one of its slots is heard: it may be other than 0, and an output or a slot that is heard
-        itself is made of it by a weight that is not 0.
+        itself is made of it by a weight that is not 0. A constant, such as ReLU(bias), is not heard by a layer whose
+        bias can hold what it gives.
         """
         with one_thread():
             return self._kept(facts)
 
-    def _speaking(self, facts: Facts) -> Tensor:
+    def speaking(self, facts: Facts) -> Tensor:
         """Which slots may be other than 0."""
         speaks = torch.zeros(len(self.of), dtype=torch.bool)
         speaks[ANYTHING] = True
@@ -312,12 +343,21 @@ class Units:
             node.speak(speaks, facts)
         return speaks
 
+    def varying(self, speaks: Tensor, facts: Facts) -> Tensor:
+        """Which slots depend on the images, given which may be other than 0."""
+        varies = torch.zeros_like(speaks)
+        varies[ANYTHING] = True
+        for node in self.nodes:
+            node.vary(varies, speaks, facts)
+        return varies & speaks
+
     def _kept(self, facts: Facts) -> Tensor:
-        speaks = self._speaking(facts)
+        speaks = self.speaking(facts)
+        varies = self.varying(speaks, facts)
         heard = torch.zeros_like(speaks)
         heard[self.heard] = True
         for node in reversed(self.nodes):
-            node.hear(heard, speaks, facts)
+            node.hear(heard, speaks, varies, facts)
         kept = torch.zeros(self.num_units, dtype=torch.bool)
         kept[self.of[heard]] = True
         kept[0] = True
@@ -339,7 +379,7 @@ class Units:
 
     def silent_norms(self, facts: Facts) -> Tensors:
         """Which entries of scales and shifts are 0 together behind what is 0 too: bool by name."""
-        speaks = self._speaking(facts)
+        speaks = self.speaking(facts)
         found: Tensors = {}
         for node in self.nodes:
             if isinstance(node, Scale) and node.factor is not None and node.shift is not None and not node.always:

@@ -1,0 +1,224 @@
+"""A network as a list of functions and the tensors that they take: it runs, trains, and is written down as data."""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter, tree_map
+
+from sparsity.graph.functions import is_known
+from sparsity.graph.slots import Held, Value, varying
+from sparsity.graph.tape import Batch, Call, Named, Ref, Tape
+from sparsity.tensors import Tensors
+
+ATTENTION = "scaled_dot_product_attention"
+LEAVES = (Ref, Named, Batch)
+
+# What runs a function that is kept under another name than torch's library has it.
+RUNS: dict[str, Callable[..., Any]] = {
+    "linear": F.linear,
+    "convolution": torch.convolution,
+    "batch_norm": lambda x, mean, variance, scale, shift, eps: F.batch_norm(x, mean, variance, scale, shift, eps=eps),
+    "layer_norm": F.layer_norm,
+    "group_norm": F.group_norm,
+    "max_pool1d": F.max_pool1d,
+    "max_pool2d": F.max_pool2d,
+    "max_pool3d": F.max_pool3d,
+    "softmax": torch.softmax,
+    "log_softmax": torch.log_softmax,
+    "reshape": torch.reshape,
+    "expand": lambda x, sizes: x.expand(sizes),
+    "gather": torch.index_select,
+    ATTENTION: lambda q, k, v, mask, causal, scale: F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=causal, scale=scale
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Program:
+    """The functions of a network, in order, and its tensors; Ref(0) is the images, a batch of them."""
+
+    calls: list[Call]
+    tensors: Tensors
+    output: Ref
+
+    @staticmethod
+    def of(tape: Tape) -> "Program":
+        """The program of a tape: layers and the like under their usual names, and nothing that no output needs."""
+        tensors = dict(tape.constants)
+        calls = [_plain(call, tape, tensors) for call in tape.calls]
+        return Program(calls, tensors, Ref(tape.output)).pruned()
+
+    def pruned(self) -> "Program":
+        """Without calls and tensors that the output does not need."""
+        needed, calls = {self.output.number}, []
+        for call in reversed(self.calls):
+            if needed.isdisjoint(out for out in call.outs if out is not None):
+                continue
+            needed |= {leaf.number for leaf in leaves(call) if isinstance(leaf, Ref)}
+            outs = tuple(out if out in needed else None for out in call.outs)
+            calls.append(replace(call, outs=outs))
+        calls.reverse()
+        named = {leaf.name: None for call in calls for leaf in leaves(call) if isinstance(leaf, Named)}
+        return Program(calls, {name: self.tensors[name] for name in named}, self.output)
+
+
+class Network(nn.Module):
+    """Runs a program: a module like any other, whose parameters are the program's floating-point tensors."""
+
+    def __init__(self, program: Program, buffers: Iterable[str] = ()):
+        """buffers: names of tensors that are not trained."""
+        super().__init__()
+        self.program = program
+        self.places = {name: f"tensor{place}" for place, name in enumerate(program.tensors)}
+        untrained = set(buffers) | running(program)
+        for name, place in self.places.items():
+            tensor = program.tensors[name].detach()
+            if tensor.is_floating_point() and name not in untrained:
+                self.register_parameter(place, nn.Parameter(tensor))
+            else:
+                self.register_buffer(place, tensor)
+        self.last = last_uses(program)
+        self.about: Any = None  # what its file says beside it
+        self.watched: dict[int, Tensor | None] = {}  # tensors of a pass to keep, by their number
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The outputs [batch, …] of images [batch, *shape]."""
+        values: dict[int, Tensor] = {0: images}
+
+        def resolved(leaf: Any) -> Any:
+            if isinstance(leaf, Ref):
+                return values[leaf.number]
+            if isinstance(leaf, Named):
+                return getattr(self, self.places[leaf.name])
+            return leaf.factor * len(images) if isinstance(leaf, Batch) else leaf
+
+        for call, done in zip(self.program.calls, self.last):
+            args, kwargs = tree_map(resolved, (call.args, call.kwargs), is_leaf=lambda leaf: isinstance(leaf, LEAVES))
+            result = function_of(call)(*args, **kwargs)
+            for out, tensor in zip(call.outs, result if isinstance(result, (tuple, list)) else (result,)):
+                if out is not None:
+                    values[out] = tensor
+            self.watched.update({out: values[out] for out in call.outs if out in self.watched})
+            for number in done:
+                del values[number]
+        return values[self.program.output.number]
+
+
+def last_uses(program: Program) -> list[list[int]]:
+    """For each call the tensors that nothing needs after it."""
+    seen, found = {program.output.number}, []
+    for call in reversed(program.calls):
+        used = {leaf.number for leaf in leaves(call) if isinstance(leaf, Ref)} - {0}
+        used |= {out for out in call.outs if out is not None}
+        found.append(sorted(used - seen))
+        seen |= used
+    return found[::-1]
+
+
+def running(program: Program) -> set[str]:
+    """The names of statistics, which no gradient reaches."""
+    return {
+        leaf.name
+        for call in program.calls
+        if call.name == "batch_norm"
+        for leaf in call.args[1:3]
+        if isinstance(leaf, Named)
+    }
+
+
+def leaves(call: Call) -> Iterable[Any]:
+    """What a call is given, out of all lists."""
+    return tree_iter((call.args, call.kwargs), is_leaf=lambda leaf: isinstance(leaf, LEAVES))
+
+
+def function_of(call: Call) -> Callable[..., Any]:
+    """What computes a call; KeyError for a function that is not known."""
+    if call.name in RUNS and "." not in call.function:
+        return RUNS[call.name]
+    name, _, overload = call.function.partition(".")
+    if not is_known(name):
+        raise KeyError(call.function)
+    return getattr(getattr(torch.ops.aten, name), overload or "default")
+
+
+def _plain(call: Call, tape: Tape, tensors: Tensors) -> Call:
+    """A call under the name that users know, without what evaluation does not need."""
+    name, args, first = call.name, call.args, call.outs[:1]
+
+    def plain(function: str, *given: Any) -> Call:
+        return Call(function, given, {}, first)
+
+    if name in ("addmm", "mm") and not call.kwargs:
+        shift, (left, right) = (args[0], args[1:3]) if name == "addmm" else (None, args)
+        weight = _transposed(right, tape, tensors)
+        if weight is not None and isinstance(left, Ref) and (shift is None or _is_vector(shift, tensors)):
+            return plain("linear", left, weight, shift)
+    if name == "_native_batch_norm_legit_no_training":
+        x, scale, shift, mean, variance, _, eps = args
+        return plain("batch_norm", x, mean, variance, scale, shift, eps)
+    if name == "native_batch_norm" and not args[5]:
+        x, scale, shift, mean, variance, _, _, eps = args
+        return plain("batch_norm", x, mean, variance, scale, shift, eps)
+    if name == "native_layer_norm":
+        return plain("layer_norm", *args)
+    if name == "native_group_norm":
+        x, scale, shift, _, _, _, groups, eps = args
+        return plain("group_norm", x, groups, scale, shift, eps)
+    if name.startswith("max_pool") and name.endswith("_with_indices") and call.outs[1:] in ((), (None,)):
+        return plain(name.removesuffix("_with_indices"), *args)
+    if name.startswith("max_pool") and name.endswith("_with_indices") and not _is_read(call.outs[1], tape):
+        return plain(name.removesuffix("_with_indices"), *args)
+    if name in ("_softmax", "_log_softmax"):
+        return plain(name.removeprefix("_"), args[0], args[1])
+    if name in ("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy", "reshape"):
+        return plain("reshape", args[0], list(args[1]))
+    if name == "expand":
+        return plain("expand", args[0], list(args[1]))
+    if name == "convolution":
+        return plain("convolution", *args)
+    if name in ("clone", "contiguous", "detach", "alias", "lift_fresh"):
+        return plain("clone.default", args[0])
+    if name == "_scaled_dot_product_flash_attention_for_cpu":
+        queries, keys, values, *more = args
+        causal = more[1] if len(more) > 1 else False
+        depth = tape.shapes[queries.number][-1]
+        scale = call.kwargs.get("scale") or 1 / math.sqrt(depth)
+        return plain(ATTENTION, queries, keys, values, call.kwargs.get("attn_mask"), causal, scale)
+    kwargs = {
+        key: value
+        for key, value in call.kwargs.items()
+        if key not in ("device", "layout", "pin_memory", "memory_format") and value is not None
+    }
+    return replace(call, args=tuple(args), kwargs=kwargs)
+
+
+def _is_read(number: int | None, tape: Tape) -> bool:
+    return any(isinstance(leaf, Ref) and leaf.number == number for call in tape.calls for leaf in leaves(call))
+
+
+def _is_vector(shift: Any, tensors: Tensors) -> bool:
+    return isinstance(shift, Named) and tensors[shift.name].ndim == 1
+
+
+def _transposed(given: Any, tape: Tape, tensors: Tensors) -> Named | None:
+    """The matrix [outputs, inputs] that a constant [inputs, outputs] is the transpose of, by its parameter's name."""
+    if not isinstance(given, Named) or tensors[given.name].ndim != 2:
+        return None
+    held: Value = tape.values[given.name]
+    matrix = tensors[given.name].T
+    if isinstance(held, Held) and held.exact and held.sizes == tuple(matrix.shape) and varying(held.places[0]) == (1,):
+        tape.values[held.name] = Held(held.name, held.sizes, tuple(place.T for place in held.places))
+        tensors[held.name] = matrix
+        return Named(held.name)
+    name = f"{given.name}.transposed"
+    tensors[name] = matrix.contiguous()
+    tape.values[name] = (
+        Held(held.name, held.sizes, tuple(p.T for p in held.places), held.exact) if isinstance(held, Held) else held
+    )
+    return Named(name)

@@ -1,0 +1,365 @@
+"""Compact networks: exact, small as reported, the same from their file; hostile files are refused in one line."""
+
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import slow
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import sparsity
+from sparsity import artifact, models
+from sparsity.artifact import About, Network, UnrecordableError, cut, file
+from sparsity.artifact.coding import DamagedError, coded, decoded
+from sparsity.errors import WeightsError
+from sparsity.graph import Facts, trace
+from sparsity.weights import write_state
+
+# --- what is cut -----------------------------------------------------------------------------------------------------
+
+
+def zeroed(module, share, seed=0):
+    """The module with a share of each weight's rows at zero, their biases as they are, and of single entries too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.ndim > 1:
+                parameter[torch.rand(len(parameter), generator=generator) < share] = 0
+                parameter[torch.rand(parameter.shape, generator=generator) < share] = 0
+    return module.eval()
+
+
+def assert_same(module, images):
+    found = cut(module, images[:1])
+    with torch.no_grad():
+        expected, outputs = module(images), Network(found.program)(images)
+        whole = Network(found.dense())(images)
+    scale = expected.abs().max().item()
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5 * scale)
+    torch.testing.assert_close(whole, expected, rtol=1e-4, atol=1e-5 * scale)
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["lenet300", "lenet5", "resnet20"])
+def test_outputs_are_those_of_the_masked_network(name, seed):
+    shape = (3, 32, 32) if name == "resnet20" else (1, 28, 28)
+    module = zeroed(getattr(models, name)(input_shape=shape, num_classes=10), 0.4, seed)
+    found = assert_same(module, torch.rand(3, *shape))
+    dense = sum(parameter.numel() for parameter in module.parameters())
+    assert sum(tensor.numel() for tensor in found.program.tensors.values()) < dense and not found.stays
+
+
+def test_a_constant_is_in_the_bias_of_what_reads_it():
+    module = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2, bias=False)).eval()
+    with torch.no_grad():
+        module[0].weight[1], module[0].bias[1] = 0, 2.0
+    found = assert_same(module, torch.rand(5, 4))
+    tensors = found.program.tensors
+    assert [tuple(tensors[name].shape) for name in ("0.weight", "0.bias", "2.weight")] == [(2, 4), (2,), (2, 2)]
+    torch.testing.assert_close(tensors["2.weight.folded"], 2 * module[2].weight[:, 1])
+
+
+def test_a_constant_stays_where_padding_meets_it():
+    module = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3, padding=1), nn.Flatten(), nn.LazyLinear(3))
+    module(torch.rand(1, 1, 8, 8))
+    with torch.no_grad():
+        module[0].weight[:2], module[0].bias[0], module[0].bias[1] = 0, 1.0, 0.0
+    found = assert_same(module.eval(), torch.rand(5, 1, 8, 8))
+    assert found.program.tensors["0.weight"].shape[0] == 3  # ReLU(1) gives more inside than at the edges
+
+
+def test_pixels_that_nothing_reads_are_left_out():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(784, 5)).eval()
+    with torch.no_grad():
+        module[1].weight[:, 100:] = 0
+    found = assert_same(module, torch.rand(2, 1, 28, 28))
+    assert found.program.tensors["1.weight"].shape == (5, 100)
+
+
+def test_a_network_of_which_all_is_dead_gives_its_biases():
+    module = models.lenet5(input_shape=(1, 28, 28), num_classes=10).eval()
+    with torch.no_grad():
+        module.conv2.weight.zero_()
+    found = assert_same(module, torch.rand(3, 1, 28, 28))
+    assert [call.name for call in found.program.calls] == ["reshape", "expand", "log_softmax"]
+
+
+def test_units_that_a_function_holds_together_stay_and_it_is_said_why():
+    class Sorted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, inputs):
+            return self.two(self.one(inputs).relu().cumsum(1))
+
+    module = Sorted().eval()
+    with torch.no_grad():
+        module.one.weight[:3], module.one.bias[:3] = 0, 0
+    found = assert_same(module, torch.rand(3, 4))
+    assert found.program.tensors["one.weight"].shape == (6, 4)
+
+
+class OfTheBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, inputs):
+        return self.layer(inputs * (1.0 if len(inputs) == 2 else 2.0))
+
+
+class Twice(nn.Module):
+    def forward(self, inputs):
+        return inputs, inputs
+
+
+@pytest.mark.parametrize("module", [OfTheBatch(), Twice()])
+def test_what_a_recording_does_not_tell_is_refused(module):
+    with pytest.raises(UnrecordableError):
+        cut(module.eval(), torch.rand(1, 4))
+
+
+def test_a_tensor_changed_under_a_view_is_not_recorded():
+    class Changing(nn.Module):
+        def forward(self, inputs):
+            part = inputs * 2
+            part[:, :2].mul_(3)
+            return part + 1
+
+    with pytest.raises(UnrecordableError):
+        cut(Changing(), torch.rand(1, 4))
+
+
+def test_it_trains():
+    module = zeroed(models.lenet300(input_shape=(1, 28, 28), num_classes=10), 0.5)
+    network, images = Network(cut(module, torch.rand(1, 1, 28, 28)).program), torch.rand(8, 1, 28, 28)
+    for each in (module, network):
+        each(images).square().sum().backward()
+    units = trace(module, images).units
+    kept = units.kept(Facts(dict(module.named_parameters())))
+    (link,) = [each for each in units.links if (each.name, each.axis) == ("fc3.weight", 1)]
+    own = dict(zip(network.places, network.parameters()))["fc3.weight"].grad
+    torch.testing.assert_close(own, module.fc3.weight.grad[:, kept[link.units]], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", slow("resnet18", "densenet121", "mobilenet_v2", "shufflenet_v2_x1_0", "vit_b_16"))
+def test_files_of_torchvision_networks(name, tmp_path):
+    torch.manual_seed(0)
+    module = zeroed(models.torchvision(name=name, input_shape=(3, 64, 64), num_classes=10), 0.3)
+    images = torch.rand(2, 3, 64, 64)
+    path = tmp_path / "compact.safetensors"
+    artifact.write(path, assert_same(module, images), About((3, 64, 64)))
+    with torch.no_grad():
+        expected = module(images)
+        for network in (sparsity.load(path), sparsity.load(path, dense=True)):
+            torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
+
+
+# --- tensors in few bytes --------------------------------------------------------------------------------------------
+
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+
+
+@given(st.lists(st.integers(0, 40), max_size=3), st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]), st.sampled_from(DTYPES))
+def test_a_tensor_is_what_it_was_bit_for_bit(shape, density, dtype):
+    generator = torch.Generator().manual_seed(len(shape))
+    tensor = torch.randn(shape, generator=generator) * 100 * (torch.rand(shape, generator=generator) < density)
+    tensor = tensor.to(dtype)
+    about, parts = coded("name", tensor)
+    found = decoded("name", json.loads(json.dumps(about)), parts)
+    assert found.dtype == dtype and torch.equal(found, tensor)
+
+
+def test_the_smallest_form_is_taken():
+    tensor = torch.zeros(1000, 1000)
+    assert sum(part.nbytes for part in coded("w", tensor)[1].values()) < 2000
+    tensor.view(-1)[::50] = 1.0
+    about, parts = coded("w", tensor)
+    assert about["form"] == "gaps" and sum(part.nbytes for part in parts.values()) < 20_000 * 5
+    assert coded("w", torch.rand(100, 100))[0]["form"] == "dense"
+    assert coded("w", torch.rand(100, 100) * (torch.rand(100, 100) < 0.5))[0]["form"] == "bits"
+    far = torch.zeros(3000)
+    far[[0, 255, 256, 2999]] = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert torch.equal(decoded("w", *coded("w", far)), far)
+
+
+def test_denormals_are_kept_and_nan_too():
+    tensor = torch.zeros(4000)
+    tensor[7], tensor[8] = 1e-40, float("nan")
+    torch.set_flush_denormal(True)
+    try:
+        found = decoded("w", *coded("w", tensor))
+    finally:
+        torch.set_flush_denormal(False)
+    assert found[7].item() == tensor[7].item() != 0 and found[8].isnan() and int((found != 0).sum()) == 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"shape": [7, 7]},
+        {"shape": [-1, 10]},
+        {"shape": "ten"},
+        {"dtype": "float31"},
+        {"form": "secret"},
+        {"deflated": 10**15},
+        {"deflated": 3},
+        {"deflated": "x"},
+    ],
+)
+def test_parts_that_are_not_what_is_said(change):
+    tensor = torch.zeros(100, 100)
+    tensor[::7, 3] = 1.0
+    about, parts = coded("w", tensor)
+    with pytest.raises(DamagedError):
+        decoded("w", about | change, parts)
+    with pytest.raises(DamagedError):
+        decoded("w", about, {})
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path):
+    module = zeroed(models.lenet300(input_shape=(1, 28, 28), num_classes=10), 0.5)
+    path = tmp_path / "compact.safetensors"
+    about = About((1, 28, 28), [str(digit) for digit in range(10)], [0.1], [0.3], {"accuracy": 0.5})
+    artifact.write(path, cut(module, torch.rand(1, 1, 28, 28)), about)
+    return path, module
+
+
+def test_a_network_comes_back_without_its_source(written):
+    path, module = written
+    images = torch.rand(5, 1, 28, 28)
+    network, dense = sparsity.load(path), sparsity.load(path, dense=True)
+    assert not network.training and network.about.classes[3] == "3" and network.about.mean == [0.1]
+    assert network.about.figures == {"accuracy": 0.5}
+    shapes = {tuple(parameter.shape) for parameter in dense.parameters()}
+    assert {(300, 784), (100, 300), (10, 100)} <= shapes
+    own = models.lenet300(input_shape=(1, 28, 28), num_classes=10)
+    with torch.no_grad():
+        expected = module(images)
+        for each in (network, dense, sparsity.load(path, own)):
+            torch.testing.assert_close(each(images), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_programs_read_it(written):
+    path, _ = written
+    tensors = safetensors.torch.load_file(path)
+    assert "fc3.bias" in tensors and any(name.startswith("fc1.weight") for name in tensors)
+
+
+def test_equal_networks_give_equal_bytes(written, tmp_path):
+    path, module = written
+    about = About((1, 28, 28), [str(digit) for digit in range(10)], [0.1], [0.3], {"accuracy": 0.5})
+    artifact.write(tmp_path / "again", cut(module, torch.rand(1, 1, 28, 28)), about)
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+def test_weights_alone_need_their_module(tmp_path):
+    path, module = tmp_path / "w.safetensors", nn.Linear(4, 3)
+    file.write_state(path, module.state_dict(), About((4,)), "its output is a tuple")
+    with pytest.raises(WeightsError, match=r"its output is a tuple.*module="):
+        sparsity.load(path)
+    found = sparsity.load(path, nn.Linear(4, 3))
+    assert torch.equal(found.weight, module.weight)
+
+
+def described(path):
+    with safetensors.safe_open(path, "pt") as opened:
+        return json.loads(opened.metadata()[file.KEY])
+
+
+def changed(path, **changes):
+    """The file with other things said in it."""
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, {file.KEY: json.dumps(described(path) | changes)})
+
+
+def with_call(path, call):
+    return {"calls": [*described(path)["calls"][:-1], call]}
+
+
+LIES = {
+    "a newer format": (lambda path: {"format": 99}, "newer"),
+    "no calls": (lambda path: {"calls": [["linear"]]}, "no run writes"),
+    "an unknown function": (lambda path: with_call(path, ["system.default", ["rm"], [99]]), "no run writes"),
+    "another library": (lambda path: with_call(path, ["__class__", ["rm"], [99]]), "no run writes"),
+    "a tensor that is not there": (lambda path: with_call(path, ["relu.default", [{"tensor": "x"}], [9]]), "not there"),
+    "a result that is not there": (lambda path: with_call(path, ["relu.default", [{"ref": 77}], [9]]), "not there"),
+    "no output": (lambda path: {"output": 77}, "no output"),
+    "huge shapes": (
+        lambda path: {
+            "tensors": {
+                name: how | {"shape": [10**6, 10**6]} if how["form"] != "dense" else how
+                for name, how in described(path)["tensors"].items()
+            }
+        },
+        "more than",
+    ),
+    "lists without end": (
+        lambda path: with_call(path, ["relu.default", json.loads("[" * 50 + "]" * 50), [9]]),
+        "no run",
+    ),
+    "another input": (lambda path: {"input_shape": "wide"}, "no run writes"),
+    "figures": (lambda path: {"figures": 3}, "no run writes"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_file_that_lies_is_refused_in_one_line(lie, written):
+    path, _ = written
+    make, words = LIES[lie]
+    changed(path, **make(path))
+    with pytest.raises(WeightsError, match=words) as caught:
+        sparsity.load(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_dense_network_too_large_for_its_file_is_refused(written):
+    path, _ = written
+    dense = described(path)["dense"]
+    changed(path, dense=dense | {"sizes": dense["sizes"] | {"fc1.weight": [10**9, 10**9]}})
+    with pytest.raises(WeightsError, match="more than"):
+        sparsity.load(path, dense=True)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_file_cut_short_is_refused(share, written):
+    path, _ = written
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    with pytest.raises(WeightsError, match=r"damaged|empty|cut short|no file|holds"):
+        sparsity.load(path)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_flipped_bytes_give_one_line_or_a_network(seed, written):
+    path, _ = written
+    content = bytearray(path.read_bytes())
+    generator = np.random.default_rng(seed)
+    for place in generator.integers(0, min(len(content), 6000), 3):
+        content[place] ^= int(generator.integers(1, 256))
+    path.write_bytes(content)
+    try:
+        sparsity.load(path)
+    except WeightsError as error:
+        assert "\n" not in str(error)
+
+
+def test_dense_is_for_compact_files_alone(tmp_path):
+    about = {"factory": {"_target_": "sparsity.models.lenet300"}, "input_shape": [1, 28, 28], "num_classes": 10}
+    state = models.lenet300(input_shape=(1, 28, 28), num_classes=10).state_dict()
+    write_state(tmp_path / "model.safetensors", state, about)
+    assert isinstance(sparsity.load(tmp_path / "model.safetensors"), models.MLP)
+    with pytest.raises(WeightsError, match="dense"):
+        sparsity.load(tmp_path / "model.safetensors", dense=True)
+    with pytest.raises(WeightsError, match="no file"):
+        sparsity.load(tmp_path / "nothing.safetensors")
