@@ -1,14 +1,18 @@
 """Compact networks: exact, small as reported, the same from their file; hostile files are refused in one line."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import slow
+from conftest import ROOT, slow
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import sparsity
@@ -17,6 +21,7 @@ from sparsity.artifact import About, Network, UnrecordableError, cut, file
 from sparsity.artifact.coding import DamagedError, coded, decoded
 from sparsity.errors import WeightsError
 from sparsity.graph import Facts, trace
+from sparsity.results.__main__ import main
 from sparsity.weights import write_state
 
 # --- what is cut -----------------------------------------------------------------------------------------------------
@@ -363,3 +368,70 @@ def test_dense_is_for_compact_files_alone(tmp_path):
         sparsity.load(tmp_path / "model.safetensors", dense=True)
     with pytest.raises(WeightsError, match="no file"):
         sparsity.load(tmp_path / "nothing.safetensors")
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+SMALL = ("model=mlp", "model.factory.hidden=[20]", "plots=false")
+
+
+def test_a_run_leaves_its_compact_network(run):
+    result = run(*SMALL, "reg=group_hs", "prune=group_std", "sensitivity=0.5")
+    folder, card = Path(result["folder"]), result["card"]
+    network = sparsity.load(folder / "compact.safetensors")
+    assert card["compact"]["macs"] == result["macs"]["removable"] < card["masked"]["macs"] == result["macs"]["dense"]
+    assert card["compact"]["parameters"] == sum(each.numel() for each in network.parameters())
+    assert card["compact"]["bytes"] == (folder / "compact.safetensors").stat().st_size < card["masked"]["bytes"]
+    assert card["compact"]["accuracy"] == card["masked"]["accuracy"] == result["accuracy"]["final"]["test"]
+    assert card["dense"]["accuracy"] == result["accuracy"]["dense"]["test"] and card["compact"]["difference"] < 1e-4
+    assert result["latency"].keys() == {"masked", "compact"} and all(
+        each > 0 for kind in result["latency"].values() for each in kind.values()
+    )
+    assert network.about.classes == result["classes"] and network.about.figures["macs"] == result["macs"]
+    masked = sparsity.load(folder / "model.safetensors", models.MLP([784, 20, 10]))
+    images = torch.rand(7, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(network(images), masked(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_without_one(run):
+    result = run(*SMALL, "compact=false")
+    assert result["card"] is None and not (Path(result["folder"]) / "compact.safetensors").exists()
+
+
+def test_what_cannot_be_recorded_is_kept_as_weights(run):
+    target = ("model=custom", "model.factory._target_=sample_networks.OfTheBatch", "trust=[sample_networks]")
+    result = run(*target, "plots=false", "sensitivity=0.5")
+    assert any("holds weights alone" in line for line in result["warnings"]) and "compact" not in result["card"]
+    path = Path(result["folder"]) / "compact.safetensors"
+    with pytest.raises(WeightsError, match="module="):
+        sparsity.load(path)
+
+
+@pytest.mark.slow
+def test_members_of_a_sweep_have_one_where_it_is_asked_for(tmp_path):
+    for name, more, expected in (("without", [], False), ("with", ["compact=true"], True)):
+        sweep = tmp_path / name
+        command = [sys.executable, "main.py", "-m", "data=digits", "schedule=smoke", "stages=[pretrain]", "seed=0,1"]
+        command += [*SMALL, *more, f"store={tmp_path}/store", f"hydra.sweep.dir={sweep}"]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        assert all((sweep / member / "compact.safetensors").exists() is expected for member in "01")
+    say = [sys.executable, "-m", "sparsity.results", str(tmp_path / "without"), "--at-least-accuracy", "0"]
+    done = subprocess.run([*say, "--export", str(tmp_path / "chosen")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "masked " in done.stdout and "compact " in done.stdout
+    assert isinstance(sparsity.load(tmp_path / "chosen" / "compact.safetensors"), Network)
+
+
+def test_images_are_named(run, tmp_path, capsys):
+    folder = Path(run(*SMALL, "stages=[pretrain]")["folder"])
+    digit = Image.fromarray(np.full((40, 30, 3), 200, dtype=np.uint8))
+    for name in ("a.png", "b.png"):
+        digit.save(tmp_path / name)
+    (tmp_path / "text.png").write_text("no image")
+    capsys.readouterr()
+    assert main(["predict", str(folder), str(tmp_path / "a.png"), str(tmp_path / "b.png"), "--classes=2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("%") == 4 and "a.png" in said and "b.png" in said
+    for wrong in ([str(folder), str(tmp_path)], [str(tmp_path / "nothing"), "x.png"], [str(folder), "nothing.png"]):
+        assert main(["predict", *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1

@@ -29,7 +29,7 @@ SMALL = ("model=mlp", "model.factory.hidden=[30]")
 
 
 def without_times(result):
-    left_out = ("seconds", "folder", "config", "environment", "checksum")
+    left_out = ("seconds", "latency", "folder", "config", "environment", "checksum")
     stages = [{key: value for key, value in stage.items() if key != "seconds"} for stage in result["stages_run"]]
     return {key: value for key, value in result.items() if key not in left_out} | {"stages_run": stages}
 
@@ -38,8 +38,8 @@ def test_what_a_run_leaves(run):
     result = run(*SMALL, "sensitivity=0.5")
     folder = Path(result["folder"])
     assert {path.name for path in folder.iterdir()} == {
-        *("result.json", "layers.csv", "history.csv", "model.safetensors", "stages"),
-        *("curves.png", "density.png", "weights.png"),
+        *("result.json", "layers.csv", "history.csv", "model.safetensors", "compact.safetensors", "stages"),
+        *("curves.png", "density.png", "weights.png", "card.png"),
     }
     stages = ["finetune", "pretrain", "prune", "regularize"]
     assert sorted(path.stem for path in (folder / "stages").iterdir()) == stages

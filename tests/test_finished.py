@@ -299,7 +299,7 @@ def test_one_process_waits_for_another_that_runs_the_same(folder, caplog):
     thread.join()
     assert "waits for another process that runs the same" in caplog.text and result["files"]
     assert sorted(path.name for path in place.iterdir()) == [
-        *("history.csv", "layers.csv", "model.safetensors", "result.json", "stages")
+        *("compact.safetensors", "history.csv", "layers.csv", "model.safetensors", "result.json", "stages")
     ]
 
 

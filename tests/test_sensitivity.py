@@ -11,7 +11,7 @@ import torch
 
 from sparsity.errors import ConfigError
 from sparsity.results import sensitivity as shown
-from sparsity.results.__main__ import _is_probe, _shares, main
+from sparsity.results.__main__ import PROBE, _asks_for, _shares, main
 from sparsity.results.sensitivity import Curve, Sensitivity
 
 SHARES = [0.0, 0.5, 0.9]
@@ -48,10 +48,10 @@ def test_shares_are_read_in_order_and_once():
 
 
 def test_a_sweep_of_that_name_is_summarised_as_before(tmp_path):
-    assert _is_probe(["sensitivity", "run"]) and _is_probe(["sensitivity"])
-    assert not _is_probe(["run", "sensitivity"]) and not _is_probe(["./sensitivity"])
+    assert _asks_for(PROBE, ["sensitivity", "run"]) and _asks_for(PROBE, ["sensitivity"])
+    assert not _asks_for(PROBE, ["run", "sensitivity"]) and not _asks_for(PROBE, ["./sensitivity"])
     (tmp_path / "sensitivity").mkdir()  # the test's folder is the current one
-    assert not _is_probe(["sensitivity"]) and _is_probe(["sensitivity", "run"])
+    assert not _asks_for(PROBE, ["sensitivity"]) and _asks_for(PROBE, ["sensitivity", "run"])
 
 
 def test_the_picture_has_a_line_for_each_layer_and_one_of_the_whole_network(monkeypatch):

@@ -1,14 +1,15 @@
 """A network as a list of functions and the tensors that they take: it runs, trains, and is written down as data."""
 
 import math
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_iter
 
 from sparsity.graph.functions import is_known
 from sparsity.graph.slots import Held, Value, varying
@@ -83,31 +84,52 @@ class Network(nn.Module):
                 self.register_parameter(place, nn.Parameter(tensor))
             else:
                 self.register_buffer(place, tensor)
-        self.last = last_uses(program)
         self.about: Any = None  # what its file says beside it
         self.watched: dict[int, Tensor | None] = {}  # tensors of a pass to keep, by their number
+        self.steps = [
+            (function_of(call), _filler((*call.args, call.kwargs)), call.outs, done)
+            for call, done in zip(program.calls, last_uses(program))
+        ]
 
     def forward(self, images: Tensor) -> Tensor:
         """The outputs [batch, …] of images [batch, *shape]."""
-        values: dict[int, Tensor] = {0: images}
-
-        def resolved(leaf: Any) -> Any:
-            if isinstance(leaf, Ref):
-                return values[leaf.number]
-            if isinstance(leaf, Named):
-                return getattr(self, self.places[leaf.name])
-            return leaf.factor * len(images) if isinstance(leaf, Batch) else leaf
-
-        for call, done in zip(self.program.calls, self.last):
-            args, kwargs = tree_map(resolved, (call.args, call.kwargs), is_leaf=lambda leaf: isinstance(leaf, LEAVES))
-            result = function_of(call)(*args, **kwargs)
-            for out, tensor in zip(call.outs, result if isinstance(result, (tuple, list)) else (result,)):
+        values: dict[Any, Any] = {0: images, BATCH_SIZE: len(images)}
+        values.update((name, getattr(self, place)) for name, place in self.places.items())
+        for function, fill, outs, done in self.steps:
+            *args, kwargs = fill(values)
+            result = function(*args, **kwargs)
+            for out, tensor in zip(outs, result if isinstance(result, (tuple, list)) else (result,)):
                 if out is not None:
                     values[out] = tensor
-            self.watched.update({out: values[out] for out in call.outs if out in self.watched})
+            if self.watched:
+                self.watched.update({out: values[out] for out in outs if out in self.watched})
             for number in done:
                 del values[number]
         return values[self.program.output.number]
+
+
+BATCH_SIZE = -1  # stands for the number of images among the values
+
+
+def _filler(given: Any) -> Callable[[Mapping[Any, Any]], Any]:
+    """A function of the values of a pass that gives what a call is given, its lists rebuilt only where they must be."""
+    if isinstance(given, Ref):
+        return operator.itemgetter(given.number)
+    if isinstance(given, Named):
+        return operator.itemgetter(given.name)
+    if isinstance(given, Batch):
+        return lambda values: given.factor * values[BATCH_SIZE]
+    if isinstance(given, dict):
+        fillers = {key: _filler(each) for key, each in given.items()}
+        return lambda values: {key: fill(values) for key, fill in fillers.items()}
+    if isinstance(given, (list, tuple)) and any(isinstance(leaf, (*LEAVES, dict)) for leaf in _flat(given)):
+        parts = [_filler(each) for each in given]
+        return lambda values: [fill(values) for fill in parts]
+    return lambda values: given
+
+
+def _flat(given: Any) -> Iterable[Any]:
+    return tree_iter(given, is_leaf=lambda leaf: isinstance(leaf, (*LEAVES, dict)))
 
 
 def last_uses(program: Program) -> list[list[int]]:

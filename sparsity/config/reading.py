@@ -341,6 +341,8 @@ ALWAYS = (
     "step",
     "track",
     "plots",
+    "compact",
+    "card",
     "store",
     "objectives",
     "trust",

@@ -104,6 +104,8 @@ class Run:
     budget: Budget
     track: Tracks
     plots: bool | None  # None: of a single run, not of a sweep's members
+    compact: bool | None  # the same
+    card: bool | None  # the same
     store: str | None  # the folder of finished stages
     objectives: Objectives
     trust: list[str]

@@ -47,9 +47,9 @@ def sensitivity(
     the run. stage: whose network; None: the last before the first that masks, or where there is none the final one.
     trust: modules outside this package that the run's model, data or unit may be of.
     """
-    result = _result(folder)
-    stage, file, recorded = _network(folder, result, stage)
-    run = _run(result, file, trust)
+    result = result_of(folder)
+    stage, file, recorded = network_of(folder, result, stage)
+    run = run_again(result, file, trust)
     with machine(run.threads):
         device = device_of(run.device)
         splits, _ = load_data(run)
@@ -89,7 +89,7 @@ def sensitivity(
 # --- a run again -----------------------------------------------------------------------------------------------------
 
 
-def _result(folder: Path) -> dict[str, Any]:
+def result_of(folder: Path) -> dict[str, Any]:
     """What a finished run came to; refuses a folder of anything else."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: give that of a finished run, which holds {RESULT}")
@@ -105,7 +105,9 @@ def _result(folder: Path) -> dict[str, Any]:
     return result
 
 
-def _network(folder: Path, result: Mapping[str, Any], name: str | None) -> tuple[str, Path, Mapping[str, float | None]]:
+def network_of(
+    folder: Path, result: Mapping[str, Any], name: str | None
+) -> tuple[str, Path, Mapping[str, float | None]]:
     """The stage whose network it is, the file that holds it, and its accuracy as the run measured it."""
     stages = {stage["name"]: stage for stage in result["stages_run"]}
     if name is not None and name not in stages:
@@ -123,7 +125,7 @@ def _network(folder: Path, result: Mapping[str, Any], name: str | None) -> tuple
     return (f"after {name}" if name is not None else "at the end"), file, accuracy
 
 
-def _run(result: Mapping[str, Any], file: Path, trust: Sequence[str]) -> config.Run:
+def run_again(result: Mapping[str, Any], file: Path, trust: Sequence[str]) -> config.Run:
     """The settings of a run that starts from one of another's networks, on its data, and prunes shares of its units."""
     rule = config.RULE
     typed = [f"{rule}=percentile", f"{rule}/cut=layer", "reg=none", "stages=[]", "store=null"]

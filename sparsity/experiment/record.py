@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from sparsity import console, results
+from sparsity import artifact, console, results
 from sparsity.accounting import Report, account
 from sparsity.config import START, Run
 from sparsity.errors import DivergedError, SparsityError, StageError, reason
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.experiment.closing import causes, closing_lines
+from sparsity.experiment.compacting import MOST_AT_ONCE, Compact, compact_member
 from sparsity.experiment.folder import check_writable, finished, held, writing
 from sparsity.experiment.job import Job, Member
 from sparsity.experiment.keys import Key
@@ -26,7 +27,7 @@ from sparsity.experiment.precision import precision_of
 from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of, population_of, tensors_of
 from sparsity.experiment.views import accuracies, selection
 from sparsity.population import Population, join
-from sparsity.results import plots
+from sparsity.results import card, plots
 from sparsity.results.lines import Course
 from sparsity.results.sealed import FORMAT, sealed
 from sparsity.stages import MASKED, PENALIZED, Context
@@ -341,24 +342,50 @@ class Record:
         with writing(job.folder):
             about = write_state(job.folder / NETWORK, member.population.state(0), description)
             member.files[NETWORK] = about
-            result = sealed(self._result(member, report))
+            compact = self._compact(member, report, description)
+            result = sealed(self._result(member, report, compact))
             results.write_history(job.folder, member.histories, 0)
-            if job.run.plots or (job.run.plots is None and not job.in_sweep):
+            if _asked(job.run.plots, job):
                 self._draw(member, result)
             results.write_result(job.folder, result)  # the last file: where it is, the run is whole
         member.following.end(result)
         if not job.in_sweep:
             self._show(member, report)
+        if result["card"] is not None and _asked(job.run.card, job):
+            card.show(result["card"], result["latency"])
         say_parts(results.summary(result, job.folder))
         for line in [] if job.in_sweep else closing:
             log.warning(f"warning: {line}", extra={"member": job.number})
         return {**result, "folder": str(job.folder)}
 
+    def _compact(self, member: Member, report: Report, description: Mapping[str, Any]) -> Compact | None:
+        """The compact network of a member, where it is asked for, with what it saves."""
+        job = member.job
+        if not _asked(job.run.compact, job) and not job.run.card:
+            return None
+        at_once = images_at_once(member.population, MOST_AT_ONCE, self.context.image_bytes)
+        about = artifact.About(
+            **{name: description[name] for name in ("input_shape", "classes", "mean", "std")},
+            figures={"name": job.run.name, "seed": job.run.seed, **results.describe_left(report)},  # as figures_of
+        )
+        found = compact_member(member.population, self.splits, report, job.folder, about, at_once)
+        for line in found.lines:
+            member.warn(line)
+        if found.file is not None:
+            member.files[artifact.NAME] = found.file
+        dense = accuracies(member.stages, member.given, member.histories)["dense"]["test"]
+        if dense is not None:
+            found.card = {"dense": {"parameters": report.total["parameters"], "accuracy": dense}} | found.card
+        return found
+
     def _draw(self, member: Member, result: Mapping[str, Any]) -> None:
         """The pictures of a run, the weights before and after its last penalty among them."""
         names = ("before regularizing", "after regularizing")
         states = {name: each.state(0) for name, each in zip(names, member.penalized or ())}
-        plots.draw_all(member.job.folder, member.histories, result, states, results.title(result), _course(member))
+        folder, title = member.job.folder, results.title(result)
+        plots.draw_all(folder, member.histories, result, states, title, _course(member))
+        if result["card"] is not None and _asked(member.job.run.card, member.job):
+            card.draw(folder / card.CARD, result["card"], result["latency"], title)
 
     def _show(self, member: Member, report: Report) -> None:
         """The table of what is left, once: later stages leave the zeros that pruning made."""
@@ -366,7 +393,7 @@ class Record:
         if masks or not self.stages or any(stage.holds_zeros for stage in self.stages):
             console.show_report(f"after {self.stages[-1].name}" if self.stages else "as given", report)
 
-    def _result(self, member: Member, report: Report) -> dict[str, Any]:
+    def _result(self, member: Member, report: Report, compact: Compact | None) -> dict[str, Any]:
         job, run = member.job, member.job.run
         typed = [*job.flags, *job.overrides]
         names = [stage.name for stage in self.stages]
@@ -381,6 +408,8 @@ class Record:
             "selection": selection(member.stages),
             "training": self.training,
             **results.describe_report(report),
+            "card": compact and compact.card,
+            "latency": compact and compact.latency,
             "seconds": {**member.seconds, "total": time.perf_counter() - self.start},
             "computed": member.computed,
             "computed_with": member.computed_with,
@@ -392,6 +421,11 @@ class Record:
             "environment": results.environment(self.device, precision_of(run, self.device), typed),
             "config": job.config,
         }
+
+
+def _asked(setting: bool | None, job: Job) -> bool:
+    """Whether something is made for a job: None asks for it of a single run, not of each member of a sweep."""
+    return not job.in_sweep if setting is None else setting
 
 
 def _course(member: Member) -> Course | None:

@@ -19,8 +19,8 @@ from sparsity.streams import be_lenient, say
 
 REFERENCE_ACCURACY = 0.9
 COMPARED = Path("outputs/compared")
-NETWORK = "model.safetensors"
-PROBE = "sensitivity"
+NETWORK, COMPACT = "model.safetensors", "compact.safetensors"
+PROBE, PREDICT = "sensitivity", "predict"
 SHARES = "0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,0.95,0.98,0.99"
 
 
@@ -31,7 +31,8 @@ def parser() -> argparse.ArgumentParser:
         description="Summarises sweeps that were run, also interrupted ones and folders of single runs: writes "
         "summary.csv, front.json, pareto.png and pareto.html, and shows the front.",
         epilog="The front and a choice go by validation accuracy; test accuracy is reported beside it. "
-        f"{PROBE} RUN prunes each layer of one run alone: {PROBE} --help.",
+        f"{PROBE} RUN prunes each layer of one run alone, {PREDICT} FILE IMAGE… names the classes of images: "
+        f"{PROBE} --help, {PREDICT} --help.",
     )
     found.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a sweep, or any folder of runs")
     found.add_argument(
@@ -66,7 +67,14 @@ def parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="PATH",
         help=f"copy that network out: into the new folder PATH as "
-        f"{NETWORK} and {RESULT}, or as the new file PATH where it ends in .safetensors",
+        f"{NETWORK}, {COMPACT} and {RESULT}, or as the new file PATH where it ends in .safetensors",
+    )
+    found.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help=f"a module outside this package that the exported run's model or data is of, for {COMPACT}",
     )
     return found
 
@@ -102,6 +110,35 @@ def parser_of_probe() -> argparse.ArgumentParser:
     return found
 
 
+def parser_of_predictions() -> argparse.ArgumentParser:
+    """What the command line takes that names the classes of images."""
+    found = argparse.ArgumentParser(
+        prog=f"python -m sparsity.results {PREDICT}",
+        description="Names the most likely classes of images, with their shares, by a compact network.",
+    )
+    found.add_argument("network", type=Path, metavar="FILE", help="compact.safetensors of a run, or the run's folder")
+    found.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or folders of them")
+    found.add_argument("--classes", type=int, default=3, metavar="N", help="so many for each image (%(default)s)")
+    return found
+
+
+def predictions(arguments: argparse.Namespace) -> None:
+    """Names the classes of images."""
+    if arguments.classes < 1:
+        raise ConfigError(f"--classes must be 1 or more, got {arguments.classes}")
+    from sparsity.data.picture import EXTENSIONS
+    from sparsity.results.predicting import predict, show
+
+    network = arguments.network / COMPACT if arguments.network.is_dir() else arguments.network
+    images = []
+    for path in arguments.images:
+        inside = sorted(each for each in path.rglob("*") if each.suffix.lower() in EXTENSIONS) if path.is_dir() else []
+        if path.is_dir() and not inside:
+            raise ConfigError(f"{path} holds no images: give image files, or folders of them")
+        images += inside or [path]
+    show(predict(network, images, arguments.classes))
+
+
 def probe(arguments: argparse.Namespace) -> None:
     """Prunes each layer of a run alone."""
     shares = _shares(arguments.shares)
@@ -127,9 +164,9 @@ def _shares(text: str) -> list[float]:
     return sorted(found)
 
 
-def _is_probe(arguments: Sequence[str]) -> bool:
-    """Whether a command line asks for the pruning of layers; a sweep of that name stands alone, or is ./ of it."""
-    return list(arguments[:1]) == [PROBE] and (len(arguments) > 1 or not Path(PROBE).is_dir())
+def _asks_for(word: str, arguments: Sequence[str]) -> bool:
+    """Whether a command line begins with a command's word; a sweep of that name stands alone, or is ./ of it."""
+    return list(arguments[:1]) == [word] and (len(arguments) > 1 or not Path(word).is_dir())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -165,6 +202,8 @@ def _choose(summary: Summary, arguments: argparse.Namespace) -> None:
     if arguments.export:
         export(point, arguments.export, [sweep.folder for sweep in summary.sweeps])
         say(f"exported to {arguments.export}")
+        if not arguments.export.suffix and not (arguments.export / COMPACT).exists():
+            _export_compact(point.best.folder, arguments)
 
 
 def export(point: Point, path: Path, sweeps: Sequence[Path] = ()) -> None:
@@ -187,6 +226,21 @@ def export(point: Point, path: Path, sweeps: Sequence[Path] = ()) -> None:
         raise ConfigError(f"--export {path} cannot be written: {error.strerror or error}") from error
 
 
+def _export_compact(folder: Path, arguments: argparse.Namespace) -> None:
+    """The compact network of a point beside its network, made of the run's config and data."""
+    from sparsity.experiment.compacting import export_compact
+    from sparsity.results import card
+
+    try:
+        found = export_compact(folder, arguments.export, arguments.trust)
+    except SparsityError as error:
+        say(f"warning: without {COMPACT}: {error}")
+        return
+    for line in found.lines:
+        say(f"warning: {line}")
+    card.show(found.card, found.latency)
+
+
 def _copies(member: MemberFolder, path: Path) -> dict[Path, Path]:
     """Which file goes where."""
     network, result = member.folder / NETWORK, member.folder / RESULT
@@ -194,7 +248,8 @@ def _copies(member: MemberFolder, path: Path) -> dict[Path, Path]:
         return {network: path, result: path.with_suffix(".json")}
     if path.exists():
         raise ConfigError(f"--export {path} exists already: name another place or remove it")
-    return {network: path / NETWORK, result: path / RESULT}
+    compact = {member.folder / COMPACT: path / COMPACT} if (member.folder / COMPACT).exists() else {}
+    return {network: path / NETWORK, result: path / RESULT, **compact}
 
 
 def _copy(copies: dict[Path, Path]) -> None:
@@ -210,8 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if _is_probe(arguments):
+        if _asks_for(PROBE, arguments):
             probe(parser_of_probe().parse_args(arguments[1:]))
+        elif _asks_for(PREDICT, arguments):
+            predictions(parser_of_predictions().parse_args(arguments[1:]))
         else:
             run(parser().parse_args(arguments))
     except SparsityError as error:
