@@ -11,7 +11,7 @@ class Size(NamedTuple):
     dense: str
     unit: str  # what these count
     label: str  # of the axis in pictures
-    published: str  # the column of published results
+    published: str | None  # the column of published results; None: none say it
 
 
 class Objective(NamedTuple):
@@ -51,7 +51,13 @@ OBJECTIVES = {
         "minimize",
         Size("nonzero.weights", "total.weights", "weights", "non-zero weights, ← fewer is better", "nonzero_weights"),
     ),
+    "bytes": Objective(
+        "card.compact.bytes",
+        "minimize",
+        Size("card.compact.bytes", "card.masked.bytes", "bytes", "bytes of the compact file, ← fewer is better", None),
+    ),
 }
+OF_COMPACT = {name for name, objective in OBJECTIVES.items() if objective.key.startswith("card.compact.")}
 SIZES = {name: objective.size for name, objective in OBJECTIVES.items() if objective.size is not None}
 
 

@@ -21,7 +21,7 @@ from sparsity.config.teachers import check_teacher, with_teachers
 from sparsity.config.trust import check_trust, patterns
 from sparsity.config.typed import check, check_names
 from sparsity.errors import ConfigError
-from sparsity.front import OBJECTIVES
+from sparsity.front import OBJECTIVES, OF_COMPACT
 from sparsity.kinds import OWN_SHARE
 from sparsity.limits import Budget
 from sparsity.nodes import Loss, Regularizer, Rule, sensitivity_range
@@ -123,6 +123,8 @@ def _check_together(run: Run, nodes: Mapping[str, Any]) -> None:
     _check_budget(run)
     _check_tracks(run)
     check_objectives(run.objectives)
+    if run.compact is False and OF_COMPACT & {*run.objectives}:
+        raise ConfigError("objectives=[bytes] counts the compact network's file, which compact=false leaves out")
 
 
 def _check_trained(run: Run, nodes: Mapping[str, Any]) -> None:

@@ -53,7 +53,8 @@ def compact_member(
     """Writes `compact.safetensors` of a population of one and compares it with the masked network.
 
     folder: of the run, with its `model.safetensors`. about: what the file says beside the network. at_once: test images
-    in a pass. What cannot be recorded is written as weights alone, what would compute something else not at all; both are told.
+    in a pass. What cannot be recorded is written as weights alone, what would compute something else not at all; both
+    are told.
     """
     module = as_module(member)
     found = Compact({"masked": _masked(report, (folder / NETWORK).read_bytes())})

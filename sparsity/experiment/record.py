@@ -26,6 +26,7 @@ from sparsity.experiment.plan import Planned, planned
 from sparsity.experiment.precision import precision_of
 from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of, population_of, tensors_of
 from sparsity.experiment.views import accuracies, selection
+from sparsity.front import OF_COMPACT
 from sparsity.population import Population, join
 from sparsity.results import card, plots
 from sparsity.results.lines import Course
@@ -361,7 +362,7 @@ class Record:
     def _compact(self, member: Member, report: Report, description: Mapping[str, Any]) -> Compact | None:
         """The compact network of a member, where it is asked for, with what it saves."""
         job = member.job
-        if not _asked(job.run.compact, job) and not job.run.card:
+        if not (_asked(job.run.compact, job) or job.run.card or OF_COMPACT & {*job.run.objectives}):
             return None
         at_once = images_at_once(member.population, MOST_AT_ONCE, self.context.image_bytes)
         about = artifact.About(

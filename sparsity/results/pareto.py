@@ -163,7 +163,7 @@ def _published(points: Sequence[Point], size: str) -> list[Published]:
     with PUBLISHED.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["network"] in networks]
     column = SIZES[size].published
-    known = [row for row in rows if row[column] and row["accuracy_pct"]]
+    known = [row for row in rows if column and row[column] and row["accuracy_pct"]]
     found = [
         Published(f"{row['method']}, {row['year']}", row["kind"], float(row[column]), float(row["accuracy_pct"]) / 100)
         for row in known
