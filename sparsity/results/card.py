@@ -13,11 +13,11 @@ FIGURES = {  # their names on the card, as they are said, and the rank of a colu
     "parameters": ("parameters", "{:,}", 0),
     "nonzero": ("non-zeros", "{:,}", 0),
     "bytes": ("bytes", "{:,}", 0),
-    "compressed": ("bytes deflated", "{:,}", 4),
+    "compressed": ("deflated", "{:,}", 4),
     "macs": ("MACs", "{:,}", 0),
     "structure": ("structure", "{}", 5),
-    "accuracy": ("test accuracy", "{:.2%}", 0),
-    "difference": ("outputs differ by", "{:.1g}", 3),
+    "accuracy": ("test", "{:.2%}", 0),
+    "difference": ("differs", "{:.1g}", 3),
 }
 SIZES = ("parameters", "nonzero", "bytes", "compressed", "macs")  # that are drawn, each as a share of the first's
 
@@ -33,7 +33,7 @@ def show(card: Mapping[str, Any], latency: Mapping[str, Mapping[str, float]]) ->
     for size in _batches(latency):
         found = [latency.get(kind, {}).get(size) for kind in kinds]
         cells = ["" if seconds is None else f"{1e3 * seconds:.3g} ms" for seconds in found]
-        columns.append(Column(f"batch of {size}", cells, rank=2))
+        columns.append(Column(f"{size} image{'s' * (size != '1')}", cells, rank=2))
     stays = card.get("stays") or {}
     caption = "; ".join(f"{count} dead units stay: {why}" for why, count in stays.items())
     show_table(columns, title="what is left, as a file and as a computation", caption=caption)
