@@ -141,6 +141,40 @@ def test_a_tensor_changed_under_a_view_is_not_recorded():
         cut(Changing(), torch.rand(1, 4))
 
 
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_normalisation_is_in_the_convolution_before_it(affine, bias):
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=bias), nn.BatchNorm2d(8, affine=affine), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=4), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 4, 2), nn.BatchNorm2d(4), nn.Flatten(),
+    )  # fmt: skip
+    for norm in (module[1], module[4], module[6]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    program, images = cut(module.eval(), torch.rand(1, 3, 8, 8)).program, torch.rand(4, 3, 8, 8)
+    fused = program.fused()
+    assert [sum(call.name == "batch_norm" for call in each.calls) for each in (program, fused)] == [3, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(Network(fused)(images), module(images), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(Network(program)(images), module(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_convolution_that_something_else_reads_too_stays_as_it_is():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+            self.norm.running_var.fill_(3.0)
+
+        def forward(self, images):
+            maps = self.conv(images)
+            return (self.norm(maps) + maps).flatten(1)
+
+    module, images = Both().eval(), torch.rand(2, 3, 4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(Network(cut(module, images[:1]).program.fused())(images), module(images))
+
+
 def test_it_trains():
     module = zeroed(models.lenet300(input_shape=(1, 28, 28), num_classes=10), 0.5)
     network, images = Network(cut(module, torch.rand(1, 1, 28, 28)).program), torch.rand(8, 1, 28, 28)

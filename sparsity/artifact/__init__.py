@@ -46,6 +46,6 @@ def load(path: str | Path, module: nn.Module | None = None, *, dense: bool = Fal
     artifact = read(path, dense=dense)
     if artifact.program is None:
         raise WeightsError(f"path={path} holds weights alone ({artifact.trouble}): give load(path, module=…)")
-    network = Network(artifact.program)
+    network = Network(artifact.program if dense else artifact.program.fused())
     network.about = artifact.about
     return network.eval()

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,6 +68,43 @@ class Program:
         calls.reverse()
         named = {leaf.name: None for call in calls for leaf in leaves(call) if isinstance(leaf, Named)}
         return Program(calls, {name: self.tensors[name] for name in named}, self.output)
+
+    def fused(self) -> "Program":
+        """With each batch normalisation in the weight and the bias of the convolution before it, where it reads that alone.
+
+        scale · (W x + b − mean) / √(variance + eps) + shift: the same up to rounding, without a pass over memory.
+        """
+        uses = Counter(leaf for call in self.calls for leaf in leaves(call) if isinstance(leaf, (Ref, Named)))
+        uses[self.output] += 1
+        tensors, calls = dict(self.tensors), {}
+        for call in self.calls:
+            images = call.args[0] if call.name == "batch_norm" else None
+            layer = calls.get(images) if images is not None and uses[images] == 1 else None
+            if layer is not None and uses[layer.args[1]] == 1 and _may_hold_scale(layer):
+                calls[images] = _scaled_layer(layer, call, tensors)
+            else:
+                calls[Ref(call.outs[0] if call.outs[0] is not None else -1 - len(calls))] = call
+        return Program(list(calls.values()), tensors, self.output).pruned()
+
+
+def _may_hold_scale(layer: Call) -> bool:
+    """Whether a call is a convolution whose weight has its outputs first."""
+    return layer.name == "convolution" and isinstance(layer.args[1], Named) and not layer.args[6]
+
+
+def _scaled_layer(layer: Call, norm: Call, tensors: Tensors) -> Call:
+    """A convolution that gives what the normalisation behind it gave; its tensors are replaced."""
+    images, weight, bias, *how = layer.args
+    mean, variance, scale, shift = (None if each is None else tensors[each.name].double() for each in norm.args[1:5])
+    kernel = tensors[weight.name]
+    factor = (variance + norm.args[5]).rsqrt() * (1 if scale is None else scale)
+    added = (0 if shift is None else shift) - mean * factor
+    if bias is not None:
+        added = added + tensors[bias.name].double() * factor
+    name = f"{weight.name}.norm"
+    tensors[weight.name] = (kernel.double() * factor.view(-1, *[1] * (kernel.ndim - 1))).to(kernel.dtype)
+    tensors[name] = added.to(kernel.dtype)
+    return replace(layer, args=(images, weight, Named(name), *how), outs=norm.outs)
 
 
 class Network(nn.Module):

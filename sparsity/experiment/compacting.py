@@ -64,7 +64,7 @@ def compact_member(
         found.lines.append(f"{artifact.NAME} holds weights alone: {reason(error)}; sparsity.load needs module= for it")
         found.file = artifact.write_state(folder / artifact.NAME, member.state(0), about, reason(error))
         return found
-    network = Network(made.program).to(member.device).eval()
+    network = Network(made.program.fused()).to(member.device).eval()  # as sparsity.load has it
     difference, largest, correct = _compared(module, network, splits, at_once)
     found.card["masked"]["accuracy"] = correct[0]
     if not difference <= ROUNDING * max(1.0, largest):
