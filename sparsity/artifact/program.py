@@ -70,7 +70,7 @@ class Program:
         return Program(calls, {name: self.tensors[name] for name in named}, self.output)
 
     def fused(self) -> "Program":
-        """With each batch normalisation in the weight and the bias of the convolution before it, where it reads that alone.
+        """With each batch normalisation in the weight and bias of the convolution that it alone reads.
 
         scale · (W x + b − mean) / √(variance + eps) + shift: the same up to rounding, without a pass over memory.
         """
