@@ -131,7 +131,6 @@ def norm(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
             nn.BatchNorm2d(channels, affine=affine),
             nn.BatchNorm2d(channels, affine=affine, track_running_stats=False),
             nn.InstanceNorm2d(channels, affine=affine),
-            nn.InstanceNorm2d(channels, affine=affine, track_running_stats=True),
             nn.GroupNorm(groups, channels, affine=affine),
             nn.LayerNorm(shape, elementwise_affine=affine),
             nn.LayerNorm(shape[1:], elementwise_affine=affine),
