@@ -123,16 +123,18 @@ def transposed(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
 
 def norm(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
     channels, affine = shape[0], dice.random() < 0.7
-    groups = dice.choice([g for g in (1, 2, 3, channels) if channels % g == 0])
+    alone = shape[1] * shape[2] == 1  # torch refuses to normalise one number
+    groups = 1 if alone else dice.choice([g for g in (1, 2, 3, channels) if channels % g == 0])
     last = nn.LayerNorm(channels, elementwise_affine=affine)
     return dice.choice(
         [
             nn.BatchNorm2d(channels, affine=affine),
             nn.BatchNorm2d(channels, affine=affine),
-            nn.BatchNorm2d(channels, affine=affine, track_running_stats=False),
-            nn.InstanceNorm2d(channels, affine=affine),
+            nn.BatchNorm2d(channels, affine=affine, track_running_stats=alone),
+            nn.Identity() if alone else nn.InstanceNorm2d(channels, affine=affine),
             nn.GroupNorm(groups, channels, affine=affine),
             nn.LayerNorm(shape, elementwise_affine=affine),
+            nn.LayerNorm(shape[1:], elementwise_affine=affine),
             nn.LayerNorm(shape[1:], elementwise_affine=affine),
             nn.LayerNorm(shape[2], elementwise_affine=affine),
             nn.RMSNorm(shape[1:], elementwise_affine=affine),
@@ -366,9 +368,9 @@ def matrix(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
         weight = weight.detach()
     how = dice.choice(["left", "bias", "turned", "product"])
     functions = {
-        "left": lambda self, x: x @ self.weight,
-        "bias": lambda self, x: x @ self.weight + self.bias,
-        "turned": lambda self, x: F.linear(x, self.weight.T, self.bias),
+        "left": lambda self, x: x.contiguous() @ self.weight,
+        "bias": lambda self, x: x.contiguous() @ self.weight + self.bias,
+        "turned": lambda self, x: F.linear(x.contiguous(), self.weight.T, self.bias),
         "product": lambda self, x: torch.einsum("...i,ij->...j", x, self.weight),
     }
     return Do(functions[how], weight=weight, **({"bias": bias} if how in ("bias", "turned") else {}))
@@ -378,7 +380,7 @@ def vector_norm(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
     size, affine = shape[-1], dice.random() < 0.7
     found = [nn.LayerNorm(size, elementwise_affine=affine), nn.RMSNorm(size, elementwise_affine=affine)]
     if len(shape) == 1:
-        found += [nn.BatchNorm1d(size, affine=affine)] * 3 + [nn.GroupNorm(size, size, affine=affine)]
+        found += [nn.BatchNorm1d(size, affine=affine)] * 3
     else:
         turned = nn.BatchNorm1d(size, affine=affine)
         found.append(Do(lambda self, x: self.turned(x.transpose(1, 2)).transpose(1, 2), turned=turned))

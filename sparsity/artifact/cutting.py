@@ -157,7 +157,7 @@ class _Cutter:
             return {-1: torch.zeros(0, dtype=torch.long)}  # all of it goes
         found, product = {}, torch.ones((), dtype=torch.bool)
         for axis in varying(mask):
-            along = mask.movedim(axis, 0).flatten(1).any(1)
+            along = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1)
             product = product & along.view([-1 if each == axis else 1 for each in range(mask.ndim)])
             if not along.all():
                 found[axis] = along.nonzero().flatten()
@@ -353,10 +353,11 @@ class _Cutter:
             if columns is not None and not len(columns):
                 return self._constant_layer(call, want, shift)
         else:
-            size = self.tape.shapes[images.number][1]
-            columns = self._wanted(images.number).get(1) if images.number else None
-            if columns is not None:
-                groups = len(columns) * groups // size
+            columns = None
+            if 0 in axes:  # whole groups go
+                left = (axes[0] * groups // len(kernel)).unique()
+                columns = torch.arange(self.tape.shapes[images.number][1]).view(groups, -1)[left].flatten()
+                groups = len(left)
             shift = None if bias is None else self._constant(bias, {0: outs} if outs is not None else {})
         given = self._aligned(images, {1: columns} if columns is not None else {})
         how = [*how[:5], groups]
@@ -528,9 +529,9 @@ class _Cutter:
         """Whether a function of images moves all pixels, so that some can be left out behind it."""
         if call.name not in UNMOVED | MOVES or len(inputs) != 1:
             return self._all_pixels(call, inputs)
-        out = call.outs[0]
-        self._write(call, lambda leaf: leaf if isinstance(leaf, Ref) else self._constant(leaf, {}), {out: {}})
-        self.raw.add(out)
+        outs = {out: {} for out in call.outs if out is not None}
+        self._write(call, lambda leaf: leaf if isinstance(leaf, Ref) else self._constant(leaf, {}), outs)
+        self.raw |= outs.keys()
         return True
 
     def _all_pixels(self, call: Call, inputs: list[Ref]) -> bool:
