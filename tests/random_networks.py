@@ -98,7 +98,11 @@ def conv(dice: random.Random, shape: tuple[int, ...], outs: int = 0, same: bool 
         padding = dice.choice([0, 0, 1]) if (most - 1) * dilation < min(height, width) else 2
         padding = min(padding, 2)
     stride = 1 if same else dice.choice([1, 1, 2])
-    kind = dice.choice(["zeros", "zeros", "zeros", "circular", "replicate", "reflect"]) if min(height, width) > 4 else "zeros"
+    kind = (
+        dice.choice(["zeros", "zeros", "zeros", "circular", "replicate", "reflect"])
+        if min(height, width) > 4
+        else "zeros"
+    )
     return nn.Conv2d(
         channels, outs or dice.randint(2, 7), kernel, stride, padding, dilation, groups, dice.random() < 0.6, kind
     )
@@ -118,7 +122,9 @@ def transposed(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
     stride = dice.choice([1, 2])
     outs = groups * dice.randint(1, 3)
     more = dice.choice([0, stride - 1])
-    return nn.ConvTranspose2d(shape[0], outs, dice.choice([2, 3]), stride, dice.choice([0, 1]), more, groups, dice.random() < 0.6)
+    return nn.ConvTranspose2d(
+        shape[0], outs, dice.choice([2, 3]), stride, dice.choice([0, 1]), more, groups, dice.random() < 0.6
+    )
 
 
 def norm(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
@@ -166,7 +172,9 @@ def concatenated(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
             return torch.cat([made, torch.zeros_like(made[:, :1])], 1)
         if how == "three":
             return torch.cat([self.other(x), x, made], 1)
-        return torch.cat({"after": [x, made], "before": [made, x], "flip": [x, x.flip(2)], "twice": [made, made]}[how], 1)
+        return torch.cat(
+            {"after": [x, made], "before": [made, x], "flip": [x, x.flip(2)], "twice": [made, made]}[how], 1
+        )
 
     return Do(forward, one=one, **({"other": other} if how == "three" else {}))
 
@@ -281,7 +289,9 @@ def resized(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
 
 def tables(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
     """Parameters and buffers beside units: added to them, or multiplied with them."""
-    sizes = dice.choice([(shape[0],) + (1,) * (len(shape) - 1), shape, (1, *shape[1:]), (1,) * (len(shape) - 1) + shape[-1:]])
+    sizes = dice.choice(
+        [(shape[0],) + (1,) * (len(shape) - 1), shape, (1, *shape[1:]), (1,) * (len(shape) - 1) + shape[-1:]]
+    )
     table = torch.randn(sizes)
     table = nn.Parameter(table) if dice.random() < 0.6 else table
     how = dice.choice(["add", "mul", "sub", "rsub", "div"])
@@ -459,7 +469,11 @@ def encoder(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
 
 
 def by_hand(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
-    heads, depth, how = dice.randint(1, 3), dice.randint(1, 4), dice.choice(["fused", "causal", "einsum", "matmul", "three"])
+    heads, depth, how = (
+        dice.randint(1, 3),
+        dice.randint(1, 4),
+        dice.choice(["fused", "causal", "einsum", "matmul", "three"]),
+    )
     parts: dict = {"both": nn.Linear(shape[-1], 3 * heads * depth, dice.random() < 0.6)}
     if how == "three":
         parts = {name: nn.Linear(shape[-1], heads * depth, dice.random() < 0.6) for name in ("q", "k", "v")}
@@ -529,7 +543,9 @@ def as_maps(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
         one = nn.Linear(shape[0], outs * 9)
         return Do(lambda self, x: self.one(x).unflatten(1, (outs, 3, 3)), one=one)
     rows = max(r for r in (1, 2, 3) if shape[0] % r == 0)
-    return Do(lambda self, x: x.transpose(1, 2).unflatten(2, (rows, -1)), )
+    return Do(
+        lambda self, x: x.transpose(1, 2).unflatten(2, (rows, -1)),
+    )
 
 
 def from_images(dice: random.Random, shape: tuple[int, ...]) -> nn.Module | None:
@@ -568,7 +584,9 @@ def recipe(seed: int) -> Recipe:
 
     for _ in range(2):
         steps += some({3: MAPS, 2: TOKENS, 1: VECTORS}[rank], 5)
-        change = dice.choice({3: ["flat", "flat", "as tokens", ""], 2: ["of tokens", "as maps", ""], 1: ["", "", "as maps"]}[rank])
+        change = dice.choice(
+            {3: ["flat", "flat", "as tokens", ""], 2: ["of tokens", "as maps", ""], 1: ["", "", "as maps"]}[rank]
+        )
         if change:
             steps.append((change, dice.randrange(10**6)))
             rank = {"flat": 1, "as tokens": 2, "of tokens": 1, "as maps": 3}[change]
@@ -626,7 +644,9 @@ def deadened(module: nn.Module, images: Tensor, seed: int) -> nn.Module:
                 continue
             if tensor.ndim <= 1 and dice.random() < 0.8:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator))
-            kinds = ["none", "rows", "rows", "entries", "whole"] + ["columns", "columns", "both", "both"] * (tensor.ndim > 1)
+            kinds = ["none", "rows", "rows", "entries", "whole"] + ["columns", "columns", "both", "both"] * (
+                tensor.ndim > 1
+            )
             kind, share = dice.choice(kinds), dice.choice([0.2, 0.5, 0.8])
             if tensor.ndim == 0 or (kind == "whole" and dice.random() < 0.6):
                 continue

@@ -1,6 +1,8 @@
 """Compact networks: exact, small as reported, the same from their file; hostile files are refused in one line."""
 
 import json
+import resource
+import zlib
 
 import numpy as np
 import pytest
@@ -287,6 +289,11 @@ def with_call(path, call):
     return {"calls": [*described(path)["calls"][:-1], call]}
 
 
+def shaped(path, shape, **more):
+    """The file's tensors with something else said of each."""
+    return {"tensors": {name: how | more | {"shape": shape} for name, how in described(path)["tensors"].items()}}
+
+
 LIES = {
     "a newer format": (lambda path: {"format": 99}, "newer"),
     "no calls": (lambda path: {"calls": [["linear"]]}, "no run writes"),
@@ -308,6 +315,24 @@ LIES = {
         lambda path: with_call(path, ["relu.default", json.loads("[" * 50 + "]" * 50), [9]]),
         "no run",
     ),
+    "a list far too deep": (lambda path: with_call(path, ["relu.default", [{"ref": {"ref": 0}}], [9]]), "no run"),
+    "a reference below 0": (lambda path: with_call(path, ["relu.default", [{"ref": -1}], [9]]), "not there"),
+    "a reference to what comes": (lambda path: with_call(path, ["relu.default", [{"ref": 9}], [9]]), "not there"),
+    "a reference of no kind": (lambda path: with_call(path, ["relu.default", [{"ref": [0]}], [9]]), "no run"),
+    "what changes its input": (lambda path: with_call(path, ["relu.out", [{"ref": 0}], [9]]), "changes what"),
+    "what changes torch": (lambda path: with_call(path, ["relu.__setattr__", ["default", 0], [9]]), "no run"),
+    "what is no function": (lambda path: with_call(path, ["relu.__class__", ["x", "y"], [9]]), "no run"),
+    "outs below 0": (lambda path: with_call(path, ["relu.default", [{"ref": 0}], [-1]]), "no size"),
+    "outs that are no list": (lambda path: with_call(path, ["relu.default", [{"ref": 0}], 9]), "no run"),
+    "numbers too large": (lambda path: {"mean": [10**400]}, "no run"),
+    "a number that is none": (lambda path: with_call(path, ["relu.default", [{"number": 10**400}], [9]]), "no run"),
+    "a size that is no number": (lambda path: shaped(path, [float("nan"), 3]), "no size"),
+    "a size of many digits": (lambda path: shaped(path, [10**4000, 10**4000]), "no run"),
+    "sizes beside a 0": (lambda path: shaped(path, [0, 10**30]), "no run"),
+    "another dtype": (lambda path: shaped(path, [3, 3], dtype="int64"), "no run"),
+    "a dtype of no kind": (lambda path: shaped(path, [3, 3], dtype=["float32"]), "no run"),
+    "a form of no kind": (lambda path: shaped(path, [3, 3], form={"a": 1}), "no run"),
+    "tensors of no kind": (lambda path: {"tensors": [1, 2]}, "no run"),
     "another input": (lambda path: {"input_shape": "wide"}, "no run writes"),
     "figures": (lambda path: {"figures": 3}, "no run writes"),
 }
@@ -329,6 +354,39 @@ def test_a_dense_network_too_large_for_its_file_is_refused(written):
     changed(path, dense=dense | {"sizes": dense["sizes"] | {"fc1.weight": [10**9, 10**9]}})
     with pytest.raises(WeightsError, match="more than"):
         sparsity.load(path, dense=True)
+
+
+def test_a_header_of_lists_in_lists_is_refused(tmp_path):
+    path = tmp_path / "compact.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(1)}, path, {file.KEY: "[" * 100_000})
+    with pytest.raises(WeightsError, match="damaged"):
+        sparsity.load(path)
+
+
+def bombs():
+    """Parts of few bytes that say or hold far more than they should, by what is said of them."""
+    ones, zeros = (
+        torch.frombuffer(bytearray(zlib.compress(b * 10**7, 9)), dtype=torch.uint8) for b in (b"\xff", b"\0")
+    )
+    how = {"dtype": "float32", "shape": [8 * 10**7], "deflated": 10**7}
+    one = torch.ones(1)
+    yield "places", {**how, "dtype": "int64", "shape": [3], "form": "places"}, {"w.bits": ones}
+    yield "bits", {**how, "form": "bits"}, {"w.values": one, "w.bits": ones}
+    yield "gaps", {**how, "form": "gaps"}, {"w.values": one, "w.gaps": zeros}
+    yield "more than is said", {**how, "deflated": 10, "shape": [80], "form": "bits"}, {"w.values": one, "w.bits": ones}
+    yield "cut short", {**how, "form": "bits"}, {"w.values": one, "w.bits": ones[:500]}
+
+
+@pytest.mark.parametrize("bomb", [pytest.param(bomb[1:], id=bomb[0]) for bomb in bombs()])
+def test_what_is_inflated_to_far_more_is_refused(bomb, tmp_path):
+    about, parts = bomb
+    path = tmp_path / "compact.safetensors"
+    said = {"format": 1, "tensors": {"w": about}, "calls": None}
+    safetensors.torch.save_file(parts, path, {file.KEY: json.dumps(said)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError):
+        sparsity.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])

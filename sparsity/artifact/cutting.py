@@ -59,8 +59,9 @@ class Cut:
 def empty(like: Mapping[str, tuple[Sequence[int], torch.dtype]], calls: Iterable[Call]) -> Tensors:
     """Tensors of shapes and dtypes, of zeros; of ones where calls divide by them, as 0 / 0 is no number."""
     divisors = {call.args[1].name for call in calls if call.name == "div" and isinstance(call.args[1], Named)}
-    return {
-        name: torch.full(tuple(shape), name in divisors, dtype=dtype) for name, (shape, dtype) in like.items()
+    return {  # zeros take no memory until they are written
+        name: (torch.ones if name in divisors else torch.zeros)(tuple(shape), dtype=dtype)
+        for name, (shape, dtype) in like.items()
     }
 
 

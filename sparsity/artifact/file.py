@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from sparsity import files
 from sparsity.artifact.coding import DTYPES, MOST_ENTRIES_A_BYTE, DamagedError, coded, decoded
@@ -28,6 +29,15 @@ KEY = "sparsity.compact"  # in a safetensors file's metadata: JSON of all but th
 FORMAT = 1
 NAME = "compact.safetensors"
 DEEPEST = 8  # lists in lists that a call is given
+LIES = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+)  # of what is said
 
 
 @dataclass(frozen=True)
@@ -174,7 +184,7 @@ def read(path: str | Path, dense: bool = False, key: str = "path") -> Artifact:
         with safetensors.safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get(KEY, "null"))
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{key}={path} is damaged or cut short ({reason(error)}): take another copy") from error
     if not isinstance(described, dict):
         raise WeightsError(f"{key}={path} is no compact network: give a {NAME} that a run wrote")
@@ -185,7 +195,7 @@ def read(path: str | Path, dense: bool = False, key: str = "path") -> Artifact:
         )
     try:
         return _artifact(described, parts, path.stat().st_size, dense)
-    except (DamagedError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except LIES as error:
         raise WeightsError(f"{key}={path} says what no run writes ({reason(error)}): take another copy") from error
 
 
@@ -267,7 +277,9 @@ def _as_call(data: Any) -> Call:
     function, args, outs, *more = data
     kwargs = {str(name): read(value) for name, value in (more[0] if more else {}).items()}
     call = Call(str(function), tuple(read(args)), kwargs, tuple(out if out is None else _whole(out) for out in outs))
-    function_of(call)
+    found = function_of(call)
+    if isinstance(found, OpOverload) and found._schema.is_mutable:
+        raise DamagedError(f"{call.function} changes what it is given")
     return call
 
 

@@ -142,9 +142,10 @@ def function_of(call: Call) -> Callable[..., Any]:
     if call.name in RUNS and "." not in call.function:
         return RUNS[call.name]
     name, _, overload = call.function.partition(".")
-    if not is_known(name):
+    packet = getattr(torch.ops.aten, name, None) if is_known(name) else None
+    if packet is None or (overload or "default") not in packet.overloads():
         raise KeyError(call.function)
-    return getattr(getattr(torch.ops.aten, name), overload or "default")
+    return getattr(packet, overload or "default")
 
 
 def _plain(call: Call, tape: Tape, tensors: Tensors) -> Call:
