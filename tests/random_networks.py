@@ -71,7 +71,8 @@ ENTRIES = {
     "where": lambda x: torch.where(x > 0, x, 0.1 * x), "filled": lambda x: x.masked_fill(x < 0.1, 0.5),
     "in place": lambda x: F.relu(x.clone(), inplace=True), "dropout": lambda x: F.dropout(x, 0.3, False),
     "reversed": lambda x: 1 - x, "divided": lambda x: 1 / (2 + x.abs()), "gated": lambda x: x * (x > 0),
-    "hardsigmoid": F.hardsigmoid, "selu": F.selu, "softsign": F.softsign, "celu": F.celu, "root": lambda x: x.abs().sqrt(),
+    "hardsigmoid": F.hardsigmoid, "selu": F.selu, "softsign": F.softsign, "celu": F.celu,
+    "root": lambda x: x.abs().sqrt(),
 }  # fmt: skip
 
 
@@ -98,11 +99,7 @@ def conv(dice: random.Random, shape: tuple[int, ...], outs: int = 0, same: bool 
         padding = dice.choice([0, 0, 1]) if (most - 1) * dilation < min(height, width) else 2
         padding = min(padding, 2)
     stride = 1 if same else dice.choice([1, 1, 2])
-    kind = (
-        dice.choice(["zeros", "zeros", "zeros", "circular", "replicate", "reflect"])
-        if min(height, width) > 4
-        else "zeros"
-    )
+    kind = dice.choice(["zeros", "zeros", "zeros", "replicate", "reflect"]) if min(height, width) > 4 else "zeros"
     return nn.Conv2d(
         channels, outs or dice.randint(2, 7), kernel, stride, padding, dilation, groups, dice.random() < 0.6, kind
     )

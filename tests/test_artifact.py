@@ -107,6 +107,75 @@ def test_units_that_a_function_holds_together_stay_and_it_is_said_why():
     assert found.program.tensors["one.weight"].shape == (6, 4)
 
 
+class Of(nn.Module):
+    """A function of layers, which are called by their names."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleDict(layers)
+
+    def forward(self, images):
+        return self.function(images, **self.layers)
+
+
+def two(**more):
+    return {"one": nn.Linear(4, 6), "two": nn.Linear(6, 3), **more}
+
+
+SMALL = {
+    "a mean of channels, which is no constant": lambda: Of(
+        lambda x, one, two: two((y := one(x).relu()) - y.mean(1, keepdim=True)), **two()
+    ),
+    "a softmax of constants": lambda: Of(lambda x, one, two: two(one(x).softmax(1)), **two()),
+    "a product that has no bias": lambda: Of(
+        lambda x, one, two: torch.einsum("bni,ji->bnj", one(x).sigmoid().unsqueeze(1), two.weight)[:, 0], **two()
+    ),
+    "gated units": lambda: Of(lambda x, one, two: two(nn.functional.glu(one(x), -1)), **two(two=nn.Linear(3, 3))),
+    "units as maps": lambda: nn.Sequential(nn.Linear(4, 18), nn.Unflatten(1, (2, 3, 3)), nn.Conv2d(2, 3, 1)),
+    "an index into the images": lambda: Of(
+        lambda x, one, two: two(one(x[:, torch.tensor([3, 1, 0, 0])]).relu()), **two()
+    ),
+    "halves of the images": lambda: Of(lambda x, one, two: two(one(x.chunk(2, 1)[1])), **two(one=nn.Linear(2, 6))),
+    "one number": lambda: nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)),
+}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(name, double):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        module = zeroed(SMALL[name](), 0.4, seed)
+        images = torch.randn(3, 4)
+        assert_same(module.double() if double else module, images.double() if double else images)
+
+
+def test_what_is_divided_by_goes_without_an_infinity():
+    module = Of(lambda x, one, two: two(one(x) / two.weight[0].abs().add(1)), **two())
+    module.register_parameter("scale", nn.Parameter(torch.rand(6) + 1))
+    module.function = lambda x, one, two: two(one(x) / module.scale)
+    with torch.no_grad():
+        module.layers["one"].weight[:3], module.layers["two"].weight[:, :3] = 0, 0
+    assert_same(module.eval(), torch.rand(3, 4))
+
+
+def test_channels_of_the_images_go_from_a_depthwise_convolution():
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.Flatten(), nn.Linear(6 * 4, 2)).eval()
+    with torch.no_grad():
+        module[0].weight[2:4] = 0
+    found = assert_same(module, torch.rand(2, 3, 4, 4))
+    assert found.program.tensors["0.weight"].shape[0] == 4
+
+
+def test_a_compact_network_is_its_own():
+    module = models.lenet300(input_shape=(1, 28, 28), num_classes=10).eval()
+    network = Network(cut(module, torch.rand(1, 1, 28, 28)).program)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert all(parameter.any() for name, parameter in module.named_parameters() if name.endswith("weight"))
+
+
 class OfTheBatch(nn.Module):
     def __init__(self):
         super().__init__()

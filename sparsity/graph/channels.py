@@ -323,7 +323,7 @@ class Channels(Slots):
         targets = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
         pairs = torch.stack([targets.flatten(), rows.flatten()], 1).unique(dim=0)
         self.tie(outs[pairs[:, 0]], pairs[:, 1])
-        self.nodes.append(Join(outs, pairs[:, 1], pairs[:, 0]))
+        self.nodes.append(Join(outs, pairs[:, 1], pairs[:, 0], uneven=True))  # each is of its own places
         found = outs[alike].view(shape)
         for axis in sorted(axes):
             found = found.unsqueeze(axis)
