@@ -1,8 +1,10 @@
 """Compact networks: exact, small as reported, the same from their file; hostile files are refused in one line."""
 
 import json
+import resource
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,75 @@ def test_units_that_a_function_holds_together_stay_and_it_is_said_why():
         module.one.weight[:3], module.one.bias[:3] = 0, 0
     found = assert_same(module, torch.rand(3, 4))
     assert found.program.tensors["one.weight"].shape == (6, 4)
+
+
+class Of(nn.Module):
+    """A function of layers, which are called by their names."""
+
+    def __init__(self, function, **layers):
+        super().__init__()
+        self.function, self.layers = function, nn.ModuleDict(layers)
+
+    def forward(self, images):
+        return self.function(images, **self.layers)
+
+
+def two(**more):
+    return {"one": nn.Linear(4, 6), "two": nn.Linear(6, 3), **more}
+
+
+SMALL = {
+    "a mean of channels, which is no constant": lambda: Of(
+        lambda x, one, two: two((y := one(x).relu()) - y.mean(1, keepdim=True)), **two()
+    ),
+    "a softmax of constants": lambda: Of(lambda x, one, two: two(one(x).softmax(1)), **two()),
+    "a product that has no bias": lambda: Of(
+        lambda x, one, two: torch.einsum("bni,ji->bnj", one(x).sigmoid().unsqueeze(1), two.weight)[:, 0], **two()
+    ),
+    "gated units": lambda: Of(lambda x, one, two: two(nn.functional.glu(one(x), -1)), **two(two=nn.Linear(3, 3))),
+    "units as maps": lambda: nn.Sequential(nn.Linear(4, 18), nn.Unflatten(1, (2, 3, 3)), nn.Conv2d(2, 3, 1)),
+    "an index into the images": lambda: Of(
+        lambda x, one, two: two(one(x[:, torch.tensor([3, 1, 0, 0])]).relu()), **two()
+    ),
+    "halves of the images": lambda: Of(lambda x, one, two: two(one(x.chunk(2, 1)[1])), **two(one=nn.Linear(2, 6))),
+    "one number": lambda: nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 1), nn.ReLU(), nn.Linear(1, 2)),
+}
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_small_networks(name, double):
+    for seed in range(6):
+        torch.manual_seed(seed)
+        module = zeroed(SMALL[name](), 0.4, seed)
+        images = torch.randn(3, 4)
+        assert_same(module.double() if double else module, images.double() if double else images)
+
+
+def test_what_is_divided_by_goes_without_an_infinity():
+    module = Of(lambda x, one, two: two(one(x) / two.weight[0].abs().add(1)), **two())
+    module.register_parameter("scale", nn.Parameter(torch.rand(6) + 1))
+    module.function = lambda x, one, two: two(one(x) / module.scale)
+    with torch.no_grad():
+        module.layers["one"].weight[:3], module.layers["two"].weight[:, :3] = 0, 0
+    assert_same(module.eval(), torch.rand(3, 4))
+
+
+def test_channels_of_the_images_go_from_a_depthwise_convolution():
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.Flatten(), nn.Linear(6 * 4, 2)).eval()
+    with torch.no_grad():
+        module[0].weight[2:4] = 0
+    found = assert_same(module, torch.rand(2, 3, 4, 4))
+    assert found.program.tensors["0.weight"].shape[0] == 4
+
+
+def test_a_compact_network_is_its_own():
+    module = models.lenet300(input_shape=(1, 28, 28), num_classes=10).eval()
+    network = Network(cut(module, torch.rand(1, 1, 28, 28)).program)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    assert all(parameter.any() for name, parameter in module.named_parameters() if name.endswith("weight"))
 
 
 class OfTheBatch(nn.Module):
@@ -326,6 +397,11 @@ def with_call(path, call):
     return {"calls": [*described(path)["calls"][:-1], call]}
 
 
+def shaped(path, shape, **more):
+    """The file's tensors with something else said of each."""
+    return {"tensors": {name: how | more | {"shape": shape} for name, how in described(path)["tensors"].items()}}
+
+
 LIES = {
     "a newer format": (lambda path: {"format": 99}, "newer"),
     "no calls": (lambda path: {"calls": [["linear"]]}, "no run writes"),
@@ -347,6 +423,24 @@ LIES = {
         lambda path: with_call(path, ["relu.default", json.loads("[" * 50 + "]" * 50), [9]]),
         "no run",
     ),
+    "a list far too deep": (lambda path: with_call(path, ["relu.default", [{"ref": {"ref": 0}}], [9]]), "no run"),
+    "a reference below 0": (lambda path: with_call(path, ["relu.default", [{"ref": -1}], [9]]), "not there"),
+    "a reference to what comes": (lambda path: with_call(path, ["relu.default", [{"ref": 9}], [9]]), "not there"),
+    "a reference of no kind": (lambda path: with_call(path, ["relu.default", [{"ref": [0]}], [9]]), "no run"),
+    "what changes its input": (lambda path: with_call(path, ["relu.out", [{"ref": 0}], [9]]), "changes what"),
+    "what changes torch": (lambda path: with_call(path, ["relu.__setattr__", ["default", 0], [9]]), "no run"),
+    "what is no function": (lambda path: with_call(path, ["relu.__class__", ["x", "y"], [9]]), "no run"),
+    "outs below 0": (lambda path: with_call(path, ["relu.default", [{"ref": 0}], [-1]]), "no size"),
+    "outs that are no list": (lambda path: with_call(path, ["relu.default", [{"ref": 0}], 9]), "no run"),
+    "numbers too large": (lambda path: {"mean": [10**400]}, "no run"),
+    "a number that is none": (lambda path: with_call(path, ["relu.default", [{"number": 10**400}], [9]]), "no run"),
+    "a size that is no number": (lambda path: shaped(path, [float("nan"), 3]), "no size"),
+    "a size of many digits": (lambda path: shaped(path, [10**4000, 10**4000]), "no run"),
+    "sizes beside a 0": (lambda path: shaped(path, [0, 10**30]), "no run"),
+    "another dtype": (lambda path: shaped(path, [3, 3], dtype="int64"), "no run"),
+    "a dtype of no kind": (lambda path: shaped(path, [3, 3], dtype=["float32"]), "no run"),
+    "a form of no kind": (lambda path: shaped(path, [3, 3], form={"a": 1}), "no run"),
+    "tensors of no kind": (lambda path: {"tensors": [1, 2]}, "no run"),
     "another input": (lambda path: {"input_shape": "wide"}, "no run writes"),
     "figures": (lambda path: {"figures": 3}, "no run writes"),
 }
@@ -368,6 +462,39 @@ def test_a_dense_network_too_large_for_its_file_is_refused(written):
     changed(path, dense=dense | {"sizes": dense["sizes"] | {"fc1.weight": [10**9, 10**9]}})
     with pytest.raises(WeightsError, match="more than"):
         sparsity.load(path, dense=True)
+
+
+def test_a_header_of_lists_in_lists_is_refused(tmp_path):
+    path = tmp_path / "compact.safetensors"
+    safetensors.torch.save_file({"w": torch.zeros(1)}, path, {file.KEY: "[" * 100_000})
+    with pytest.raises(WeightsError, match="damaged"):
+        sparsity.load(path)
+
+
+def bombs():
+    """Parts of few bytes that say or hold far more than they should, by what is said of them."""
+    ones, zeros = (
+        torch.frombuffer(bytearray(zlib.compress(b * 10**7, 9)), dtype=torch.uint8) for b in (b"\xff", b"\0")
+    )
+    how = {"dtype": "float32", "shape": [8 * 10**7], "deflated": 10**7}
+    one = torch.ones(1)
+    yield "places", {**how, "dtype": "int64", "shape": [3], "form": "places"}, {"w.bits": ones}
+    yield "bits", {**how, "form": "bits"}, {"w.values": one, "w.bits": ones}
+    yield "gaps", {**how, "form": "gaps"}, {"w.values": one, "w.gaps": zeros}
+    yield "more than is said", {**how, "deflated": 10, "shape": [80], "form": "bits"}, {"w.values": one, "w.bits": ones}
+    yield "cut short", {**how, "form": "bits"}, {"w.values": one, "w.bits": ones[:500]}
+
+
+@pytest.mark.parametrize("bomb", [pytest.param(bomb[1:], id=bomb[0]) for bomb in bombs()])
+def test_what_is_inflated_to_far_more_is_refused(bomb, tmp_path):
+    about, parts = bomb
+    path = tmp_path / "compact.safetensors"
+    said = {"format": 1, "tensors": {"w": about}, "calls": None}
+    safetensors.torch.save_file(parts, path, {file.KEY: json.dumps(said)})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(WeightsError):
+        sparsity.load(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
@@ -406,11 +533,11 @@ def test_dense_is_for_compact_files_alone(tmp_path):
 
 # --- runs ------------------------------------------------------------------------------------------------------------
 
-SMALL = ("model=mlp", "model.factory.hidden=[20]", "plots=false")
+QUICK = ("model=mlp", "model.factory.hidden=[20]", "plots=false")
 
 
 def test_a_run_leaves_its_compact_network(run):
-    result = run(*SMALL, "reg=group_hs", "prune=group_std", "sensitivity=0.5")
+    result = run(*QUICK, "reg=group_hs", "prune=group_std", "sensitivity=0.5")
     folder, card = Path(result["folder"]), result["card"]
     network = sparsity.load(folder / "compact.safetensors")
     assert card["compact"]["macs"] == result["macs"]["removable"] < card["masked"]["macs"] == result["macs"]["dense"]
@@ -429,7 +556,7 @@ def test_a_run_leaves_its_compact_network(run):
 
 
 def test_a_run_without_one(run):
-    result = run(*SMALL, "compact=false")
+    result = run(*QUICK, "compact=false")
     assert result["card"] is None and not (Path(result["folder"]) / "compact.safetensors").exists()
 
 
@@ -447,7 +574,7 @@ def test_members_of_a_sweep_have_one_where_it_is_asked_for(tmp_path):
     for name, more, expected in (("without", [], False), ("with", ["compact=true"], True)):
         sweep = tmp_path / name
         command = [sys.executable, "main.py", "-m", "data=digits", "schedule=smoke", "stages=[pretrain]", "seed=0,1"]
-        command += [*SMALL, *more, f"store={tmp_path}/store", f"hydra.sweep.dir={sweep}"]
+        command += [*QUICK, *more, f"store={tmp_path}/store", f"hydra.sweep.dir={sweep}"]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         assert all((sweep / member / "compact.safetensors").exists() is expected for member in "01")
     say = [sys.executable, "-m", "sparsity.results", str(tmp_path / "without"), "--at-least-accuracy", "0"]
@@ -457,7 +584,7 @@ def test_members_of_a_sweep_have_one_where_it_is_asked_for(tmp_path):
 
 
 def test_images_are_named(run, tmp_path, capsys):
-    folder = Path(run(*SMALL, "stages=[pretrain]")["folder"])
+    folder = Path(run(*QUICK, "stages=[pretrain]")["folder"])
     digit = Image.fromarray(np.full((40, 30, 3), 200, dtype=np.uint8))
     for name in ("a.png", "b.png"):
         digit.save(tmp_path / name)

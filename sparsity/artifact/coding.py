@@ -18,6 +18,7 @@ from sparsity.tensors import Tensors, nonzero
 
 MOST_ENTRIES_A_BYTE = 4096  # of all tensors, for each byte of a file: more is no honest file's
 SKIP = 255
+BITS_SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # of each byte
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -70,9 +71,9 @@ def decoded(name: str, about: Mapping[str, Any], parts: Mapping[str, Tensor]) ->
     if form == "places":
         return _places(name, about, found[0], count, dtype)
     values, places = found
-    there = _read_bits(name, about, places, count) if form == "bits" else _read_gaps(name, about, places, count)
-    if values.dtype != dtype or values.ndim != 1 or len(there) != len(values):
-        raise DamagedError(f"{name} has {len(there):,} places for {len(values):,} values")
+    if values.dtype != dtype or values.ndim != 1:
+        raise DamagedError(f"{name} has no {about['dtype']} numbers in a row")
+    there = (_read_bits if form == "bits" else _read_gaps)(name, about, places, count, len(values))
     tensor = torch.zeros(count, dtype=dtype)
     tensor[torch.from_numpy(there)] = values
     return tensor.view(shape)
@@ -124,17 +125,27 @@ def _bytes(name: str, about: Mapping[str, Any], part: Tensor, most: int) -> np.n
     return np.frombuffer(raw, dtype=np.uint8)
 
 
-def _read_bits(name: str, about: Mapping[str, Any], part: Tensor, count: int) -> np.ndarray:
+def _read_bits(name: str, about: Mapping[str, Any], part: Tensor, count: int, num_values: int) -> np.ndarray:
     most = -(-count // 8)
     bits = _bytes(name, about, part, most)
     if len(bits) != most:
         raise DamagedError(f"{name} has {8 * len(bits):,} bits for {count:,} entries")
-    return np.flatnonzero(np.unpackbits(bits, count=count))
+    return _there(name, bits, num_values)
 
 
-def _read_gaps(name: str, about: Mapping[str, Any], part: Tensor, count: int) -> np.ndarray:
-    gaps = _bytes(name, about, part, 2 * count + 1).astype(np.int64)
+def _there(name: str, packed: np.ndarray, count: int) -> np.ndarray:
+    """The places of so many bits that are set; they are counted before they are laid out."""
+    if (found := int(BITS_SET[packed].sum(dtype=np.int64))) != count:
+        raise DamagedError(f"{name} has {found:,} places for {count:,} values")
+    return np.flatnonzero(np.unpackbits(packed))
+
+
+def _read_gaps(name: str, about: Mapping[str, Any], part: Tensor, count: int, num_values: int) -> np.ndarray:
+    gaps = _bytes(name, about, part, num_values + count // SKIP)
     is_entry = gaps < SKIP
+    if (found := np.count_nonzero(is_entry)) != num_values:
+        raise DamagedError(f"{name} has {found:,} places for {num_values:,} values")
+    gaps = gaps.astype(np.int64)
     places = np.cumsum(gaps + is_entry)[is_entry] - 1
     if len(places) and places[-1] >= count:
         raise DamagedError(f"{name} has places beyond its {count:,} entries")
@@ -144,7 +155,4 @@ def _read_gaps(name: str, about: Mapping[str, Any], part: Tensor, count: int) ->
 def _places(name: str, about: Mapping[str, Any], part: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     most = about.get("deflated", len(part)) if isinstance(about.get("deflated", 0), int) else 0
     bits = _bytes(name, about, part, min(most, MOST_ENTRIES_A_BYTE * (1 + len(part))))
-    places = np.flatnonzero(np.unpackbits(bits))
-    if len(places) != count:
-        raise DamagedError(f"{name} has {len(places):,} places, not {count:,}")
-    return torch.from_numpy(places).to(dtype)
+    return torch.from_numpy(_there(name, bits, count)).to(dtype)

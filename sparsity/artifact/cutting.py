@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from sparsity.artifact.program import LEAVES, Network, Program, leaves
-from sparsity.graph.functions import FACTORS, FORGET_ZERO, KEEP_ZERO, MOVES, OF_ENTRIES, SUMS
+from sparsity.graph.functions import FACTORS, FORGET_ZERO, KEEP_ZERO, MATRIX_PRODUCTS, MOVES, OF_ENTRIES, SUMS
 from sparsity.graph.slots import Held, varying
 from sparsity.graph.tape import BATCH, Batch, Call, Named, Ref, Tape, tape
 from sparsity.graph.units import Facts
@@ -51,25 +51,32 @@ class Cut:
 
     def dense(self) -> Program:
         """The program in the network's first shape, with zeros for what went."""
-        sizes = {name: tensor.shape for name, tensor in self.whole.tensors.items()}
-        return Program(self.whole.calls, filled(self.program.tensors, self.places, sizes), self.whole.output)
+        like = {name: (tensor.shape, tensor.dtype) for name, tensor in self.whole.tensors.items()}
+        tensors = filled(self.program.tensors, self.places, empty(like, self.whole.calls))
+        return Program(self.whole.calls, tensors, self.whole.output)
 
 
-def filled(tensors: Tensors, places: Mapping[str, Place], sizes: Mapping[str, Sequence[int]]) -> Tensors:
-    """Tensors of the whole network's sizes, with those of the smaller one where they belong, and zeros elsewhere."""
-    found: dict[str, Tensor | None] = dict.fromkeys(sizes)
-    for name, place in places.items():
-        if place.name not in sizes:
+def empty(like: Mapping[str, tuple[Sequence[int], torch.dtype]], calls: Iterable[Call]) -> Tensors:
+    """Tensors of shapes and dtypes, of zeros; of ones where calls divide by them, as 0 / 0 is no number."""
+    divisors = {call.args[1].name for call in calls if call.name == "div" and isinstance(call.args[1], Named)}
+    return {  # zeros take no memory until they are written
+        name: (torch.ones if name in divisors else torch.zeros)(tuple(shape), dtype=dtype)
+        for name, (shape, dtype) in like.items()
+    }
+
+
+def filled(tensors: Tensors, places: Mapping[str, Place], empty: Tensors) -> Tensors:
+    """Tensors of the whole network, given as they are without the smaller one's, with those where they belong."""
+    found = dict(empty)
+    for name, place in sorted(places.items(), key=lambda item: not item[1].kept):  # what is whole comes last
+        if place.name not in empty:
             continue
-        own = tensors[name]
-        if not place.kept and found[place.name] is None:
-            found[place.name] = own
+        if not place.kept:
+            found[place.name] = tensors[name]
             continue
-        if found[place.name] is None:
-            found[place.name] = torch.zeros(sizes[place.name], dtype=own.dtype)
-        every = [place.kept.get(axis, torch.arange(size)) for axis, size in enumerate(sizes[place.name])]
-        found[place.name][torch.meshgrid(*every, indexing="ij")] = own
-    return {name: torch.zeros(sizes[name]) if tensor is None else tensor for name, tensor in found.items()}
+        every = [place.kept.get(axis, torch.arange(size)) for axis, size in enumerate(empty[place.name].shape)]
+        found[place.name][torch.meshgrid(*every, indexing="ij")] = tensors[name].detach()
+    return found
 
 
 def cut(module: nn.Module, image: Tensor, facts: Facts | None = None) -> Cut:
@@ -151,7 +158,7 @@ class _Cutter:
             return {-1: torch.zeros(0, dtype=torch.long)}  # all of it goes
         found, product = {}, torch.ones((), dtype=torch.bool)
         for axis in varying(mask):
-            along = mask.movedim(axis, 0).flatten(1).any(1)
+            along = mask.movedim(axis, 0).reshape(mask.shape[axis], -1).any(1)
             product = product & along.view([-1 if each == axis else 1 for each in range(mask.ndim)])
             if not along.all():
                 found[axis] = along.nonzero().flatten()
@@ -202,6 +209,8 @@ class _Cutter:
         elif name in ("slice", "select", "split", "split_with_sizes", "unbind", "index_select", "flip", "roll"):
             self._moved(call, wants)
         else:
+            if name in MATRIX_PRODUCTS:
+                self._check_product(call)
             self._write(call, self._own, wants, sized=name in ("reshape", "expand") and out is not None)
 
     def _ndim(self, number: int) -> int:
@@ -305,7 +314,8 @@ class _Cutter:
             name += "'"
         for axis, index in axes.items():
             tensor = tensor.index_select(axis, index.to(tensor.device))
-        self.tensors[name], self.places[name] = tensor.contiguous(), Place(leaf.name, axes)
+        own = tensor.contiguous() if axes else tensor.clone(memory_format=torch.contiguous_format)
+        self.tensors[name], self.places[name] = own, Place(leaf.name, axes)
         return Named(name)
 
     # --- layers ------------------------------------------------------------------------------------------------------
@@ -322,7 +332,7 @@ class _Cutter:
             others = {a: index for a, index in want.items() if a != self._ndim(call.outs[0]) - 1}
         else:
             others = {}
-        columns = axes.get(1)
+        columns = axes.get(1, axes.get(-1))  # of one input alone it is all that goes
         shift = self._shift(call, images, last, columns, axes.get(0), bias, matrix)
         if columns is not None and not len(columns):
             return self._constant_layer(call, want, shift)
@@ -339,15 +349,16 @@ class _Cutter:
         groups, transposed = how[6 - 1], how[3]
         outs = want.get(1)
         if groups == 1:
-            columns = axes.get(0 if transposed else 1)
+            columns = axes.get(0 if transposed else 1, axes.get(-1))
             shift = self._shift(call, images, 1, columns, outs, bias, kernel)
             if columns is not None and not len(columns):
                 return self._constant_layer(call, want, shift)
         else:
-            size = self.tape.shapes[images.number][1]
-            columns = self._wanted(images.number).get(1) if images.number else None
-            if columns is not None:
-                groups = len(columns) * groups // size
+            columns = None
+            if 0 in axes:  # whole groups go
+                left = (axes[0] * groups // len(kernel)).unique()
+                columns = torch.arange(self.tape.shapes[images.number][1]).view(groups, -1)[left].flatten()
+                groups = len(left)
             shift = None if bias is None else self._constant(bias, {0: outs} if outs is not None else {})
         given = self._aligned(images, {1: columns} if columns is not None else {})
         how = [*how[:5], groups]
@@ -401,6 +412,21 @@ class _Cutter:
             raise StuckError(slots[loud], "padding meets their constant")
         taps = kernel[places].double().reshape(len(places), -1, kernel.shape[-1]).sum(1)
         return (taps * constants).sum(0)
+
+    def _check_product(self, call: Call) -> None:
+        """Keeps constants that a product with a parameter reads which has no place for a bias."""
+        left, right = call.args[:2] if call.name in ("mm", "bmm") else call.args[1:3]
+        if isinstance(left, Named) == isinstance(right, Named):
+            return
+        units, constant, axis = (left, right, -1) if isinstance(left, Ref) else (right, left, -2)
+        value = self._value(units.number)
+        if isinstance(value, Tensor):
+            kernel = self.program.tensors[constant.name].movedim(-3 - axis, 0)
+            slots = value.movedim(axis, 0).flatten(1).expand(len(kernel), -1)
+            lost = ~self.kept[self.units.of[slots]] & self.speaks[slots]
+            lost &= nonzero(kernel).flatten(1).any(1, keepdim=True)
+            if lost.any():
+                raise StuckError(slots[lost], f"{call.name} reads their constant")
 
     def _values(self, number: int) -> Tensor:
         """A tensor of the whole network, on two images that differ."""
@@ -504,10 +530,9 @@ class _Cutter:
         """Whether a function of images moves all pixels, so that some can be left out behind it."""
         if call.name not in UNMOVED | MOVES or len(inputs) != 1:
             return self._all_pixels(call, inputs)
-        out = call.outs[0]
-        self.calls.append(call)
-        self.axes[out] = {}
-        self.raw.add(out)
+        outs = {out: {} for out in call.outs if out is not None}
+        self._write(call, lambda leaf: leaf if isinstance(leaf, Ref) else self._constant(leaf, {}), outs)
+        self.raw |= outs.keys()
         return True
 
     def _all_pixels(self, call: Call, inputs: list[Ref]) -> bool:

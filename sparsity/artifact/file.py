@@ -14,10 +14,11 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from sparsity import files
 from sparsity.artifact.coding import DTYPES, MOST_ENTRIES_A_BYTE, DamagedError, coded, decoded
-from sparsity.artifact.cutting import Cut, Place, filled
+from sparsity.artifact.cutting import Cut, Place, empty, filled
 from sparsity.artifact.program import Program, function_of, leaves
 from sparsity.errors import WeightsError, reason
 from sparsity.graph.tape import Batch, Call, Named, Ref, UnrecordableError
@@ -28,6 +29,15 @@ KEY = "sparsity.compact"  # in a safetensors file's metadata: JSON of all but th
 FORMAT = 1
 NAME = "compact.safetensors"
 DEEPEST = 8  # lists in lists that a call is given
+LIES = (
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    MemoryError,
+)  # of what is said
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,9 @@ def packed(cut: Cut, about: About) -> bytes:
     numbers = {json.dumps(call): number for number, call in enumerate(calls)}
     dense = [numbers.get(json.dumps(data := _as_data(call)), data) for call in cut.whole.calls]
     network = {"calls": calls, "output": cut.program.output.number, "tensors": said}
-    whole_network = {"calls": dense, "output": cut.whole.output.number, "sizes": whole}
+    gone = cut.whole.tensors.keys() - {place.name for place in cut.places.values()}
+    dtypes = {name: _dtype(tensor) for name, tensor in cut.whole.tensors.items() if name in gone}
+    whole_network = {"calls": dense, "output": cut.whole.output.number, "sizes": whole, "dtypes": dtypes}
     return _bytes({**_head(about), **network, "dense": whole_network}, tensors)
 
 
@@ -108,7 +120,7 @@ def _as_data(call: Call) -> list[Any]:
         if isinstance(leaf, Batch):
             return {"batch": leaf.factor}
         if isinstance(leaf, torch.dtype):
-            return {"dtype": str(leaf).removeprefix("torch.")}
+            return {"dtype": _dtype(leaf)}
         if isinstance(leaf, float) and not math.isfinite(leaf):
             return {"number": str(leaf)}
         if isinstance(leaf, (list, tuple)):
@@ -119,6 +131,11 @@ def _as_data(call: Call) -> list[Any]:
 
     kwargs = {name: data(value) for name, value in call.kwargs.items()}
     return [call.function, data(call.args), list(call.outs), *([kwargs] if kwargs else [])]
+
+
+def _dtype(of: Tensor | torch.dtype) -> str:
+    """The name of a dtype."""
+    return str(of.dtype if isinstance(of, Tensor) else of).removeprefix("torch.")
 
 
 def _bits(index: Tensor, size: int) -> str:
@@ -167,7 +184,7 @@ def read(path: str | Path, dense: bool = False, key: str = "path") -> Artifact:
         with safetensors.safe_open(path, framework="pt") as file:
             described = json.loads((file.metadata() or {}).get(KEY, "null"))
             parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{key}={path} is damaged or cut short ({reason(error)}): take another copy") from error
     if not isinstance(described, dict):
         raise WeightsError(f"{key}={path} is no compact network: give a {NAME} that a run wrote")
@@ -178,7 +195,7 @@ def read(path: str | Path, dense: bool = False, key: str = "path") -> Artifact:
         )
     try:
         return _artifact(described, parts, path.stat().st_size, dense)
-    except (DamagedError, KeyError, ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except LIES as error:
         raise WeightsError(f"{key}={path} says what no run writes ({reason(error)}): take another copy") from error
 
 
@@ -203,7 +220,10 @@ def _artifact(described: Mapping[str, Any], parts: Mapping[str, Tensor], num_byt
         calls = [calls[data] if type(data) is int else _as_call(data) for data in described["dense"]["calls"]]
         output = Ref(_whole(described["dense"]["output"]))
         places = {name: _place(name, how, sizes) for name, how in said.items()}
-        tensors = filled(tensors, places, sizes)
+        dtypes = {name: DTYPES[dtype] for name, dtype in described["dense"].get("dtypes", {}).items()}
+        dtypes |= {place.name: tensors[name].dtype for name, place in places.items()}
+        like = {name: (shape, dtypes.get(name, torch.float32)) for name, shape in sizes.items()}
+        tensors = filled(tensors, places, empty(like, calls))
     program = Program(calls, tensors, output)
     _check(program)
     return Artifact(program, tensors, about)
@@ -257,7 +277,9 @@ def _as_call(data: Any) -> Call:
     function, args, outs, *more = data
     kwargs = {str(name): read(value) for name, value in (more[0] if more else {}).items()}
     call = Call(str(function), tuple(read(args)), kwargs, tuple(out if out is None else _whole(out) for out in outs))
-    function_of(call)
+    found = function_of(call)
+    if isinstance(found, OpOverload) and found._schema.is_mutable:
+        raise DamagedError(f"{call.function} changes what it is given")
     return call
 
 

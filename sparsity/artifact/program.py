@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from sparsity.graph.functions import is_known
-from sparsity.graph.slots import Held, Value, varying
+from sparsity.graph.slots import Held, squeezed, varying
 from sparsity.graph.tape import Batch, Call, Named, Ref, Tape
 from sparsity.tensors import Tensors
 
@@ -80,7 +80,7 @@ class Program:
         for call in self.calls:
             images = call.args[0] if call.name == "batch_norm" else None
             layer = calls.get(images) if images is not None and uses[images] == 1 else None
-            if layer is not None and uses[layer.args[1]] == 1 and _may_hold_scale(layer):
+            if layer is not None and _may_hold_scale(layer) and uses[layer.args[1]] == 1:
                 calls[images] = _scaled_layer(layer, call, tensors)
             else:
                 calls[Ref(call.outs[0] if call.outs[0] is not None else -1 - len(calls))] = call
@@ -202,9 +202,10 @@ def function_of(call: Call) -> Callable[..., Any]:
     if call.name in RUNS and "." not in call.function:
         return RUNS[call.name]
     name, _, overload = call.function.partition(".")
-    if not is_known(name):
+    packet = getattr(torch.ops.aten, name, None) if is_known(name) else None
+    if packet is None or (overload or "default") not in packet.overloads():
         raise KeyError(call.function)
-    return getattr(getattr(torch.ops.aten, name), overload or "default")
+    return getattr(packet, overload or "default")
 
 
 def _plain(call: Call, tape: Tape, tensors: Tensors) -> Call:
@@ -219,6 +220,10 @@ def _plain(call: Call, tape: Tape, tensors: Tensors) -> Call:
         weight = _transposed(right, tape, tensors)
         if weight is not None and isinstance(left, Ref) and (shift is None or _is_vector(shift, tensors)):
             return plain("linear", left, weight, shift)
+    if name == "bmm" and isinstance(args[0], Ref):
+        weight = _transposed(args[1], tape, tensors)
+        if weight is not None:
+            return plain("linear", args[0], weight, None)
     if name == "_native_batch_norm_legit_no_training":
         x, scale, shift, mean, variance, _, eps = args
         return plain("batch_norm", x, mean, variance, scale, shift, eps)
@@ -267,11 +272,18 @@ def _is_vector(shift: Any, tensors: Tensors) -> bool:
 
 
 def _transposed(given: Any, tape: Tape, tensors: Tensors) -> Named | None:
-    """The matrix [outputs, inputs] that a constant [inputs, outputs] is the transpose of, by its parameter's name."""
-    if not isinstance(given, Named) or tensors[given.name].ndim != 2:
+    """The matrix [outputs, inputs] that a constant [inputs, outputs] is the transpose of, by its parameter's name.
+
+    The constant may have an axis of length 1 before these.
+    """
+    if not isinstance(given, Named):
         return None
-    held: Value = tape.values[given.name]
-    matrix = tensors[given.name].T
+    held, constant = tape.values[given.name], tensors[given.name]
+    if constant.ndim == 3 and len(constant) == 1:
+        held, constant = squeezed(held), constant.squeeze(0)
+    if constant.ndim != 2:
+        return None
+    matrix = constant.T
     if isinstance(held, Held) and held.exact and held.sizes == tuple(matrix.shape) and varying(held.places[0]) == (1,):
         tape.values[held.name] = Held(held.name, held.sizes, tuple(place.T for place in held.places))
         tensors[held.name] = matrix

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from sparsity.graph.functions import FACTORS, FORGET_ZERO, KEEP_ZERO, SUMS, keeps_zero
-from sparsity.graph.slots import Held, Slots, Value, compressed, connected, laid, reshaped, varying, wide
-from sparsity.graph.units import ANYTHING, NOTHING, Entry, Join, Product, Scale
+from sparsity.graph.slots import Held, Slots, Value, alike_rows, compressed, connected, laid, reshaped, varying, wide
+from sparsity.graph.units import ANYTHING, NOTHING, Entry, Join, Mix, Product, Scale
 
 
 class Channels(Slots):
@@ -317,25 +317,34 @@ class Channels(Slots):
         moved = labels.movedim(axes, list(range(-len(axes), 0)))
         rows = moved.flatten(-len(axes))
         shape, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
+        own, alike = alike_rows(rows)
+        rows = rows[own]
         outs = self.new(len(rows))
         targets = torch.arange(len(rows)).unsqueeze(1).expand_as(rows)
         pairs = torch.stack([targets.flatten(), rows.flatten()], 1).unique(dim=0)
         self.tie(outs[pairs[:, 0]], pairs[:, 1])
-        self.nodes.append(Join(outs, pairs[:, 1], pairs[:, 0]))
-        found = outs.view(shape)
+        self.nodes.append(Join(outs, pairs[:, 1], pairs[:, 0], uneven=True))  # each is of its own places
+        found = outs[alike].view(shape)
         for axis in sorted(axes):
             found = found.unsqueeze(axis)
         return found
 
-    def mixed(self, labels: Tensor, tensor: Tensor, axes: Iterable[int], name: str) -> Tensor:
-        """Labels along whose axes every entry depends on all: tied where others are apart, else heard."""
+    def mixed(self, labels: Tensor, axes: Iterable[int]) -> Tensor:
+        """Labels along whose axes every entry depends on all: tied where others are apart."""
         axes = tuple(axis for axis in axes if labels.shape[axis] > 1)
-        if not axes:
-            return labels
-        if len(varying(labels)) > len(axes):
+        if axes and len(varying(labels)) > len(axes):
             return self.merged(labels, axes)
-        self.pin(labels)
         return labels
+
+    def mix(self, labels: Tensor, outs: Tensor) -> Tensor:
+        """Slots that depend on all of some, which stay together as long as any of these is heard."""
+        self.nodes.append(Mix(labels.unique(), outs.unique()))
+        return outs
+
+    def accumulated(self, labels: Tensor, axis: int) -> Tensor:
+        """A softmax, or a running sum, along an axis."""
+        labels = self.mixed(labels, (axis,))
+        return self.mix(labels, self.constant(labels)) if labels.shape[axis] > 1 else self.constant(labels)
 
     def reduced(self, name: str, labels: Tensor, args: Any, kwargs: Any, results: list[Tensor]) -> Any:
         """A mean, a sum or the like along some axes, or along all."""
@@ -349,9 +358,9 @@ class Channels(Slots):
             dims = range(tensor.ndim)
         dims = [dims] if isinstance(dims, int) else list(dims)
         axes = sorted({dim % tensor.ndim for dim in dims})
-        labels = self.mixed(labels, tensor, axes, name)
-        if any(labels.shape[axis] > 1 for axis in axes):  # heard: what is left is of no channel
-            return None
+        labels = self.mixed(labels, axes)
+        if any(labels.shape[axis] > 1 for axis in axes):  # what is left is of no channel
+            return self.pin(labels)
         if result.ndim < tensor.ndim:
             for axis in reversed(axes):
                 labels = labels.squeeze(axis)
@@ -391,7 +400,7 @@ class Channels(Slots):
         tensor, count = args[0], len(args[1])
         axes = range(tensor.ndim - count, tensor.ndim)
         spread = any(labels.shape[axis] > 1 for axis in axes)
-        labels = self.mixed(labels, tensor, axes, "layer_norm")
+        labels = self.mixed(labels, axes)
         if not spread or all(labels.shape[axis] == 1 for axis in axes):
             return [self.constant(labels)] + [None] * (len(results) - 1)
         parts = {}
@@ -400,7 +409,8 @@ class Channels(Slots):
             if isinstance(value, Held):
                 places = tuple(wide(place, tensor.ndim) for place in value.places)
                 parts[key] = Held(value.name, value.sizes, places, value.exact)
-        return [self.scaled(labels, tensor.shape, always=True, **parts)] + [None] * (len(results) - 1)
+        found = self.mix(labels, self.scaled(labels, tensor.shape, always=True, **parts))
+        return [found] + [None] * (len(results) - 1)
 
     def group_norm(self, labels: Tensor, args: Any, results: list[Tensor]) -> Any:
         """Each group of channels by its own mean and variance."""
@@ -412,9 +422,8 @@ class Channels(Slots):
             if isinstance(value, Held):
                 parts[key] = self.on_axis(value, 1, tensor.ndim)
         alone = groups == tensor.shape[1]
-        if not alone:
-            self.pin(labels)
-        return [self.scaled(labels, tensor.shape, always=not alone, **parts)] + [None] * (len(results) - 1)
+        found = self.scaled(labels, tensor.shape, always=not alone, **parts)
+        return [found if alone else self.mix(labels, found)] + [None] * (len(results) - 1)
 
 
 def is_long(place: Tensor) -> bool:

@@ -33,7 +33,7 @@ from sparsity.graph.functions import (
     ZEROS,
 )
 from sparsity.graph.products import Products
-from sparsity.graph.slots import Held, Value, key_of
+from sparsity.graph.slots import Held, Value, anything, key_of
 from sparsity.graph.units import NOTHING, Matmul, Units, one_thread
 
 # torch's own counter of operations knows attention's kernels for GPUs, and takes the one for CPUs to be free
@@ -70,6 +70,14 @@ def op_by_op() -> Iterator[None]:
             library.enabled = enabled
 
 
+def taken_apart(function: Any, args: Any, kwargs: Any) -> Any:
+    """What a function of several gives, computed by these; NotImplemented for one that stands alone."""
+    if function is torch.ops.aten.glu.default:
+        first, second = args[0].chunk(2, args[1] if len(args) > 1 else -1)
+        return first * second.sigmoid()
+    return function.decompose(*args, **kwargs)
+
+
 class Recorder(TorchDispatchMode):
     """Watches the functions that torch computes in one pass."""
 
@@ -81,7 +89,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is not torch.ops.prim.device.default:
             with self:
-                result = function.decompose(*args, **kwargs)
+                result = taken_apart(function, args, kwargs)
             if result is not NotImplemented:
                 return result
         name = function._schema.name.rpartition("::")[2]
@@ -112,6 +120,8 @@ class Recorder(TorchDispatchMode):
         else:
             found = self._made(name, function, args, kwargs, results)
         each = found if isinstance(found, (list, tuple)) else [found] + [None] * (len(results) - 1)
+        if any(isinstance(value, Tensor) for value in values):  # what is made of slots is no constant
+            each = [anything(tensor) if value is None else value for tensor, value in zip(results, each)]
         if changed is not None:
             self._forget_views(changed, before, each[0], name)
         for tensor, value in zip(results, each):
@@ -188,7 +198,7 @@ class Recorder(TorchDispatchMode):
         if name in REDUCTIONS:
             return self.slots.reduced(name, first, args, kwargs, results)
         if name in ("_softmax", "_log_softmax", "softmax", "log_softmax", "cumsum"):
-            return self.slots.constant(self.slots.mixed(first, args[0], (args[1] % args[0].ndim,), name))
+            return self.slots.accumulated(first, args[1] % args[0].ndim)
         if name in NORMS:
             return self.slots.batch_norm(first, args, results)
         if name in ("native_layer_norm", "_fused_rms_norm", "rms_norm"):

@@ -137,6 +137,11 @@ class Slots:
                 self.freeze(value, name)
 
 
+def anything(tensor: Tensor) -> Tensor:
+    """Labels of a tensor of which no unit is known, and which may be any numbers."""
+    return torch.full((1,) * tensor.ndim, ANYTHING)
+
+
 def key_of(tensor: Tensor) -> Any:
     """What tells tensors apart, and is the same for all views of the same entries."""
     strides = tuple(stride if size > 1 else 0 for size, stride in zip(tensor.shape, tensor.stride()))

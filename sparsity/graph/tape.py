@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsity.graph.functions import CREATIONS, SILENT, is_known
-from sparsity.graph.recorder import Recorder, op_by_op
+from sparsity.graph.recorder import Recorder, op_by_op, taken_apart
 from sparsity.graph.slots import Value
 from sparsity.graph.units import Units, one_thread
 
@@ -95,7 +95,7 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         if function is not torch.ops.prim.device.default:
             with self:
-                result = function.decompose(*args, **kwargs)
+                result = taken_apart(function, args, kwargs)
             if result is not NotImplemented:
                 return result
         result = function(*args, **kwargs)

@@ -267,6 +267,28 @@ class Product:
         gone[self.outs] = gone[self.left] | gone[self.right]
 
 
+@dataclass(frozen=True)
+class Mix:
+    """Outs that each depend on all ins, beside what other nodes say of them, such as those of a softmax."""
+
+    ins: Tensor
+    outs: Tensor
+
+    def speak(self, speaks: Tensor, facts: Facts) -> None:
+        """Whether an out speaks is said elsewhere."""
+
+    def vary(self, varies: Tensor, speaks: Tensor, facts: Facts) -> None:
+        """All outs vary if any input does."""
+        varies[self.outs] |= varies[self.ins].any()
+
+    def hear(self, heard: Tensor, asks: Tensor, varies: Tensor, facts: Facts) -> None:
+        """All ins are heard where any out is, whatever they are."""
+        heard[self.ins] |= heard[self.outs].any()
+
+    def go(self, gone: Tensor, rows: Tensors, free: Container[str], with_it: Went) -> None:
+        """What goes is said elsewhere."""
+
+
 class Matmul(NamedTuple):
     """A product of activations, such as of queries and keys."""
 
@@ -278,7 +300,7 @@ class Matmul(NamedTuple):
         return int(alive[self.slots].sum()) * self.size
 
 
-Node = LayerUse | Scale | Join | Product
+Node = LayerUse | Scale | Join | Product | Mix
 
 
 @dataclass(frozen=True)
