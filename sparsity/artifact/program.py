@@ -96,7 +96,7 @@ class Network(nn.Module):
                 return values[leaf.number]
             if isinstance(leaf, Named):
                 return getattr(self, self.places[leaf.name])
-            return leaf.factor * len(images) if isinstance(leaf, Batch) else leaf
+            return leaf.factor * images.shape[0] if isinstance(leaf, Batch) else leaf
 
         for call, done in zip(self.program.calls, self.last):
             args, kwargs = tree_map(resolved, (call.args, call.kwargs), is_leaf=lambda leaf: isinstance(leaf, LEAVES))
