@@ -30,6 +30,7 @@ from sparsity.graph.tape import Call, Named, Ref
 FORMAT = 1
 PROGRAM = "program.json"
 PARTS = ("data", "indices", "indptr", "shape")  # of a sparse matrix
+SHOWN = 5  # layers in a line
 LEAST = 1e-3  # seconds that one measurement of a product takes, by calling it often enough
 
 Arrays = dict[str, Any]  # by name: arrays, and sparse matrices
@@ -158,62 +159,6 @@ def mixed_outputs(program: Program, layers: Program, images: Tensor) -> Tensor:
     return run(Program(program.calls, tensors, program.output), images, functions)
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
-def packed(program: Program, sparse: Mapping[str, Any], about: About) -> bytes:
-    """The bytes of a file: of a whole program, or of its linear layers where NumPy cannot compute the rest.
-
-    sparse: the matrices that are kept as such, by name.
-    """
-    is_whole = not unknown(program)
-    calls = [call for call in program.calls if is_whole or call.name == "linear"]
-    names = dict.fromkeys(leaf.name for call in calls for leaf in leaves(call) if isinstance(leaf, Named))
-    said = {
-        "format": FORMAT,
-        "is_whole": is_whole,
-        "input_shape": list(about.input_shape),
-        "classes": about.classes and list(about.classes),
-        "mean": about.mean and list(about.mean),
-        "std": about.std and list(about.std),
-        "sparse": [name for name in names if name in sparse],
-        "dense": [name for name in names if name not in sparse],
-        "calls": [as_data(call) for call in calls],
-        "output": program.output.number if is_whole else calls[-1].outs[0],
-    }
-    arrays = {PROGRAM: np.frombuffer(json.dumps(said, ensure_ascii=False).encode(), dtype=np.uint8)}
-    for name in names:
-        if name in sparse:
-            arrays |= {f"{name}.{part}": np.asarray(getattr(sparse[name], part)) for part in PARTS}
-        else:
-            arrays[name] = array(program.tensors[name])
-    file = io.BytesIO()
-    np.savez_compressed(file, **arrays)
-    return file.getvalue()
-
-
-def array(tensor: Tensor) -> np.ndarray:
-    """A tensor as NumPy has it."""
-    return tensor.detach().cpu().numpy()
-
-
-def read(content: bytes) -> Held:
-    """What the bytes of a file hold."""
-    from scipy.sparse import csr_array
-
-    with np.load(io.BytesIO(content), allow_pickle=False) as file:
-        said = json.loads(file[PROGRAM].tobytes())
-        if said["format"] > FORMAT:
-            raise ValueError(f"it is of format {said['format']}, newer than {FORMAT}")
-        tensors: Arrays = {name: file[name] for name in said["dense"]}
-        for name in said["sparse"]:
-            data, indices, indptr, shape = (file[f"{name}.{part}"] for part in PARTS)
-            tensors[name] = csr_array((data, indices, indptr), shape=tuple(shape.tolist()))
-            tensors[name].check_format(full_check=True)
-    calls = [as_call(data) for data in said["calls"]]
-    return Held(Program(calls, tensors, Ref(said["output"])), said["is_whole"], said["mean"], said["std"])
-
-
 # --- what is faster --------------------------------------------------------------------------------------------------
 
 
@@ -230,11 +175,18 @@ class Speed:
         """Whether it is the faster one at every batch size."""
         return all(factor > 1 for factor in self.times.values())
 
-    def said(self) -> str:
-        """It in one line."""
-        each = " and ".join(f"{factor:.2g} at {size}" for size, factor in self.times.items())
-        form = "sparse" if self.is_faster else "dense"
-        return f"{self.name} is {form}: {self.density:.1%} non-zero, sparse / dense speed {each} images"
+
+def said(speeds: Sequence[Speed]) -> str:
+    """Which layers are sparse, and how fast, in one line."""
+    kept = [speed for speed in speeds if speed.is_faster]
+    factors = {size: [speed.times[size] for speed in kept or speeds] for size in speeds[0].times}
+    each = ", ".join(f"{min(some):.2g} to {max(some):.2g} in batches of {size}" for size, some in factors.items())
+    ending = f": speed, where a dense one has 1: {each}" if each else ""
+    if not kept:
+        return f"none of {len(speeds)} linear layers is faster as a sparse matrix{ending}"
+    names = ", ".join(speed.name.removesuffix(".weight") for speed in kept[:SHOWN])
+    more = f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else ""
+    return f"{len(kept)} of {len(speeds)} linear layers are sparse matrices ({names}{more}){ending}"
 
 
 def measured(program: Program, batch_sizes: Sequence[int], repeats: int) -> tuple[Arrays, list[Speed]]:
@@ -279,3 +231,60 @@ def _seconds(product: Callable[[], Any], count: int) -> float:
     for _ in range(count):
         product()
     return (time.perf_counter() - start) / count
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def packed(program: Program, sparse: Mapping[str, Any], speeds: Sequence[Speed], about: About) -> bytes:
+    """The bytes of a file: of a whole program, or of its linear layers where NumPy cannot compute the rest.
+
+    sparse: the matrices that are kept as such, by name; speeds: of all.
+    """
+    is_whole = not unknown(program)
+    calls = [call for call in program.calls if is_whole or call.name == "linear"]
+    names = dict.fromkeys(leaf.name for call in calls for leaf in leaves(call) if isinstance(leaf, Named))
+    said = {
+        "format": FORMAT,
+        "is_whole": is_whole,
+        "input_shape": list(about.input_shape),
+        "classes": about.classes and list(about.classes),
+        "mean": about.mean and list(about.mean),
+        "std": about.std and list(about.std),
+        "sparse": [name for name in names if name in sparse],
+        "dense": [name for name in names if name not in sparse],
+        "speeds": {speed.name: {"density": speed.density, "times": speed.times} for speed in speeds},
+        "calls": [as_data(call) for call in calls],
+        "output": program.output.number if is_whole else calls[-1].outs[0],
+    }
+    arrays = {PROGRAM: np.frombuffer(json.dumps(said, ensure_ascii=False).encode(), dtype=np.uint8)}
+    for name in names:
+        if name in sparse:
+            arrays |= {f"{name}.{part}": np.asarray(getattr(sparse[name], part)) for part in PARTS}
+        else:
+            arrays[name] = array(program.tensors[name])
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return file.getvalue()
+
+
+def array(tensor: Tensor) -> np.ndarray:
+    """A tensor as NumPy has it."""
+    return tensor.detach().cpu().numpy()
+
+
+def read(content: bytes) -> Held:
+    """What the bytes of a file hold."""
+    from scipy.sparse import csr_array
+
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        said = json.loads(file[PROGRAM].tobytes())
+        if said["format"] > FORMAT:
+            raise ValueError(f"it is of format {said['format']}, newer than {FORMAT}")
+        tensors: Arrays = {name: file[name] for name in said["dense"]}
+        for name in said["sparse"]:
+            data, indices, indptr, shape = (file[f"{name}.{part}"] for part in PARTS)
+            tensors[name] = csr_array((data, indices, indptr), shape=tuple(shape.tolist()))
+            tensors[name].check_format(full_check=True)
+    calls = [as_call(data) for data in said["calls"]]
+    return Held(Program(calls, tensors, Ref(said["output"])), said["is_whole"], said["mean"], said["std"])

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import io
 import json
-import os
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,9 +42,7 @@ class Exported:
     notes: Sequence[str] = ()  # what there is to say of it
 
 
-def onnx(
-    network: Network, test: Images | Files, folder: Path, *, opset: Annotated[int, Range(18, 30)]
-) -> Exported:
+def onnx(network: Network, test: Images | Files, folder: Path, *, opset: Annotated[int, Range(18, 30)]) -> Exported:
     """`compact.onnx`, for any runtime of ONNX: one file with its weights, of images in batches of any size.
 
     opset: the version of ONNX's operators; newer ones need newer runtimes. The file's metadata holds the names of the
@@ -90,11 +88,11 @@ def csr(
         if not matrices.matrices(program):
             raise ExportError("export=csr is for linear layers, of which this network has none: take export=onnx")
         sparse, speeds = matrices.measured(program, batch_sizes, repeats)
-        content = matrices.packed(program, sparse, raw.about)
+        content = matrices.packed(program, sparse, speeds, raw.about)
         held, others = matrices.read(content), matrices.unknown(program)
-        notes = [speed.said() for speed in speeds]
+        notes = [f"compact_csr.npz: {matrices.said(speeds)}"]
         if others:
-            notes.insert(0, f"compact_csr.npz holds linear layers alone: the network computes {', '.join(others)} too")
+            notes.append(f"compact_csr.npz holds linear layers alone: the network computes {', '.join(others)} too")
 
         def run(images: Tensor) -> Tensor:
             if held.is_whole:
@@ -148,7 +146,9 @@ def _exporting(name: str, folder: Path) -> Iterator[None]:
     except ExportError:
         raise
     except OSError as error:
-        raise ExportError(f"export={name} cannot write into {folder} ({error.strerror or error}): free space") from error
+        raise ExportError(
+            f"export={name} cannot write into {folder} ({error.strerror or error}): free space"
+        ) from error
     except Exception as error:  # whatever these programs may raise
         raise ExportError(f"export={name} cannot take this network ({reason(error)}): take another export") from error
 
@@ -161,17 +161,17 @@ def _batches(test: Images | Files) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _checked(raw: Raw, test: Images | Files, run: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """The largest difference of another program's outputs, and its accuracy; an ExportError where it is another's."""
+    """The largest difference of another program's outputs from PyTorch's, and its accuracy; refuses other outputs."""
     difference, largest, correct = torch.zeros(()), torch.zeros(()), 0
     for number, (images, labels) in enumerate(_batches(test)):
         expected, found = raw(images), run(images)
         if found.shape != expected.shape:
-            raise ExportError(f"the export gives outputs {list(found.shape)}, PyTorch {list(expected.shape)}")
+            raise ValueError(f"its outputs are {list(found.shape)}, PyTorch's {list(expected.shape)}")
         difference = torch.maximum(difference, (found - expected).abs().max())  # NaN where any is
         largest = torch.maximum(largest, expected.abs().max())
         correct += int((found.argmax(1) == labels).sum()) if number else 0
     if not difference <= TOLERANCE * largest:
-        raise ExportError(f"the export differs from PyTorch by {difference:.2g} in outputs of up to {largest:.2g}")
+        raise ValueError(f"its outputs of up to {largest:.2g} differ from PyTorch's by {difference:.2g}")
     return difference.item(), correct / len(test)
 
 
@@ -206,28 +206,18 @@ def _onnx(raw: Raw, opset: int) -> bytes:
     """The bytes of a checked ONNX file."""
     from onnx import checker, helper
 
-    model = _silently(
-        lambda: torch.onnx.export(
-            _traced(raw),
-            dynamo=True,
-            opset_version=opset,
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            verbose=False,
-        ).model_proto
-    )
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    model = torch.onnx.export(_traced(raw), dynamo=True, opset_version=opset, verbose=False, **names).model_proto
     _rename(model.graph, raw.network)
     model.producer_name = "sparsity"
-    helper.set_model_props(model, {name: json.dumps(value, ensure_ascii=False) for name, value in _said(raw.about).items()})
+    helper.set_model_props(
+        model, {name: json.dumps(value, ensure_ascii=False) for name, value in _said(raw.about).items()}
+    )
     content = model.SerializeToString(deterministic=True)
     checker.check_model(content, full_check=True)
     return content
-
-
-def _silently(call: Callable[[], Any]) -> Any:
-    """What a call gives; what it prints is left out."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        return call()
 
 
 def _rename(graph: Any, network: Network) -> None:
