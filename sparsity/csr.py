@@ -9,7 +9,6 @@ import io
 import json
 import math
 import time
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from sparsity.artifact import About, Program
-from sparsity.artifact.file import as_call, as_data
+from sparsity.artifact.file import as_call, as_data, check
 from sparsity.artifact.program import LEAVES, function_of, last_uses, leaves
 from sparsity.errors import ExportError, reason
 from sparsity.graph.tape import Call, Named, Ref
@@ -93,7 +92,7 @@ def load(path: str | Path) -> Callable[[np.ndarray], np.ndarray]:
         held = read(Path(path).read_bytes())
     except OSError as error:
         raise ExportError(f"path={path} cannot be read ({error.strerror}): give the file of export=csr") from error
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError, zipfile.BadZipFile, EOFError) as error:
+    except Exception as error:  # numpy, zipfile and zlib refuse in many ways
         raise ExportError(f"path={path} is damaged, or no file of export=csr ({reason(error)})") from error
     if not held.is_whole:
         raise ExportError(f"path={path} holds linear layers alone, as their network computes more: take export=onnx")
@@ -287,4 +286,9 @@ def read(content: bytes) -> Held:
             tensors[name] = csr_array((data, indices, indptr), shape=tuple(shape.tolist()))
             tensors[name].check_format(full_check=True)
     calls = [as_call(data) for data in said["calls"]]
-    return Held(Program(calls, tensors, Ref(said["output"])), said["is_whole"], said["mean"], said["std"])
+    program = Program(calls, tensors, Ref(said["output"]))
+    if said["is_whole"]:
+        check(program)
+        if others := unknown(program):
+            raise ValueError(f"it computes {', '.join(others)}")
+    return Held(program, said["is_whole"], said["mean"], said["std"])

@@ -282,15 +282,34 @@ def test_damaged_files(change, tmp_path):
         matrices.load(tmp_path / "none.npz")
 
 
-def test_a_matrix_that_points_outside_itself_is_refused(tmp_path):
-    exports.csr(sparse_network(), test_set((1, 28, 28)), tmp_path, batch_sizes=[], repeats=1)
-    path = tmp_path / "compact_csr.npz"
+def rewritten(path, change):
+    """A file whose arrays, and what its program says, are others."""
     with np.load(path) as file:
         arrays = {name: file[name] for name in file.files}
-    arrays["1.weight.indices"] = arrays["1.weight.indices"] + 10**6
+    said = json.loads(arrays["program.json"].tobytes())
+    change(arrays, said)
+    arrays["program.json"] = np.frombuffer(json.dumps(said).encode(), dtype=np.uint8)
     np.savez(path, **arrays)
-    with pytest.raises(ExportError, match="damaged"):
-        matrices.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda arrays, said: arrays.update({"1.weight.indices": arrays["1.weight.indices"] + 10**6}),
+        lambda arrays, said: arrays.pop("1.bias"),
+        lambda arrays, said: said.update(format=99),
+        lambda arrays, said: said["calls"][1].__setitem__(0, "system"),
+        lambda arrays, said: said["calls"][1].__setitem__(0, "gelu.default"),
+        lambda arrays, said: said.update(output=99),
+    ],
+)
+def test_a_file_that_lies_is_refused_before_it_is_run(change, tmp_path):
+    exports.csr(sparse_network(), test_set((1, 28, 28)), tmp_path, batch_sizes=[], repeats=1)
+    rewritten(tmp_path / "compact_csr.npz", lambda arrays, said: None)
+    assert matrices.load(tmp_path / "compact_csr.npz")
+    rewritten(tmp_path / "compact_csr.npz", change)
+    with pytest.raises(ExportError, match="damaged, or no file of export=csr"):
+        matrices.load(tmp_path / "compact_csr.npz")
 
 
 # --- as they are asked for -------------------------------------------------------------------------------------------

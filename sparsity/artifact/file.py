@@ -205,7 +205,7 @@ def _artifact(described: Mapping[str, Any], parts: Mapping[str, Tensor], num_byt
         places = {name: _place(name, how, sizes) for name, how in said.items()}
         tensors = filled(tensors, places, sizes)
     program = Program(calls, tensors, output)
-    _check(program)
+    check(program)
     return Artifact(program, tensors, about)
 
 
@@ -261,7 +261,7 @@ def as_call(data: Any) -> Call:
     return call
 
 
-def _check(program: Program) -> None:
+def check(program: Program) -> None:
     """Refuses a program that reads what is not there."""
     known = {0}
     for call in program.calls:
