@@ -65,6 +65,7 @@ def _expand(inputs: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "linear": linear,
+    "add": np.add,
     "relu": lambda inputs: np.maximum(inputs, 0),
     "tanh": np.tanh,
     "sigmoid": _sigmoid,

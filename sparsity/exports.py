@@ -11,7 +11,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparsity import csr as matrices
 from sparsity import files
-from sparsity.artifact import About, Network
+from sparsity.artifact import About, Network, Program
 from sparsity.data import Files, Images
 from sparsity.errors import ExportError, reason
 from sparsity.kinds import PositiveCount, Range
@@ -42,7 +42,7 @@ class Exported:
     notes: Sequence[str] = ()  # what there is to say of it
 
 
-def onnx(network: Network, test: Images | Files, folder: Path, *, opset: Annotated[int, Range(18, 30)]) -> Exported:
+def onnx(network: Network, test: Images | Files, folder: Path, *, opset: Annotated[int, Range(18, 23)]) -> Exported:
     """`compact.onnx`, for any runtime of ONNX: one file with its weights, of images in batches of any size.
 
     opset: the version of ONNX's operators; newer ones need newer runtimes. The file's metadata holds the names of the
@@ -84,7 +84,7 @@ def csr(
     """
     with _exporting("csr", folder):
         raw = Raw(network, test)
-        program = raw.network.program
+        program = raw.program()
         if not matrices.matrices(program):
             raise ExportError("export=csr is for linear layers, of which this network has none: take export=onnx")
         sparse, speeds = matrices.measured(program, batch_sizes, repeats)
@@ -117,6 +117,7 @@ class Raw(nn.Module):
             numbers = getattr(self.about, name)
             column = numbers and torch.tensor(numbers).view(-1, *[1] * (len(self.about.input_shape) - 1))
             self.register_buffer(name, column)
+        self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         """The outputs of images [n, *shape], uint8 or floating point as the test set has them."""
@@ -127,6 +128,11 @@ class Raw(nn.Module):
         if not images.is_floating_point():
             images = images.float() * (1 / 255)
         return images if self.mean is None else (images - self.mean) / self.std
+
+    def program(self) -> Program:
+        """The network's program with its tensors as they are here."""
+        tensors = {name: getattr(self.network, place) for name, place in self.network.places.items()}
+        return replace(self.network.program, tensors=tensors)
 
     def example(self) -> Tensor:
         """Two images of zeros: of a single one, the size of the batch would be taken for a constant."""
@@ -184,7 +190,8 @@ def _written(
 
 def _said(about: About) -> dict[str, Any]:
     """What a file says beside its network."""
-    return {"classes": about.classes and list(about.classes), "input_shape": list(about.input_shape)}
+    classes = {} if about.classes is None else {"classes": list(about.classes)}
+    return {**classes, "input_shape": list(about.input_shape)}
 
 
 # --- PyTorch and ONNX ------------------------------------------------------------------------------------------------
@@ -210,11 +217,10 @@ def _onnx(raw: Raw, opset: int) -> bytes:
         logging.getLogger(name).setLevel(logging.ERROR)
     names = {"input_names": [INPUT], "output_names": [OUTPUT]}
     model = torch.onnx.export(_traced(raw), dynamo=True, opset_version=opset, verbose=False, **names).model_proto
+    properties = {name: json.dumps(value, ensure_ascii=False) for name, value in _said(raw.about).items()}
+    helper.set_model_props(model, properties)
     _rename(model.graph, raw.network)
     model.producer_name = "sparsity"
-    helper.set_model_props(
-        model, {name: json.dumps(value, ensure_ascii=False) for name, value in _said(raw.about).items()}
-    )
     content = model.SerializeToString(deterministic=True)
     checker.check_model(content, full_check=True)
     return content
@@ -222,7 +228,8 @@ def _onnx(raw: Raw, opset: int) -> bytes:
 
 def _rename(graph: Any, network: Network) -> None:
     """Gives tensors and the batch the names that users know, and takes out where each node was written."""
-    names = {f"network.{place}": name for name, place in network.places.items()}
+    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    names = {f"network.{place}": name for name, place in network.places.items() if name not in taken}
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
     for value in (*graph.input, *graph.output, *graph.value_info):
         del value.metadata_props[:]
