@@ -180,13 +180,18 @@ def said(speeds: Sequence[Speed]) -> str:
     """Which layers are sparse, and how fast, in one line."""
     kept = [speed for speed in speeds if speed.is_faster]
     factors = {size: [speed.times[size] for speed in kept or speeds] for size in speeds[0].times}
-    each = ", ".join(f"{min(some):.2g} to {max(some):.2g} in batches of {size}" for size, some in factors.items())
+    each = ", ".join(f"{_span(some)} in batches of {size}" for size, some in factors.items())
     ending = f": speed, where a dense one has 1: {each}" if each else ""
     if not kept:
         return f"none of {len(speeds)} linear layers is faster as a sparse matrix{ending}"
     names = ", ".join(speed.name.removesuffix(".weight") for speed in kept[:SHOWN])
     more = f" and {len(kept) - SHOWN} more" if len(kept) > SHOWN else ""
     return f"{len(kept)} of {len(speeds)} linear layers are sparse matrices ({names}{more}){ending}"
+
+
+def _span(numbers: Sequence[float]) -> str:
+    """The smallest and the largest of some numbers."""
+    return " to ".join(dict.fromkeys(f"{number:.2g}" for number in (min(numbers), max(numbers))))
 
 
 def measured(program: Program, batch_sizes: Sequence[int], repeats: int) -> tuple[Arrays, list[Speed]]:
