@@ -54,3 +54,7 @@ class DivergedError(SparsityError):
 
 class StageError(SparsityError):
     """A stage that failed on its way: a custom module, method or optimizer, or memory."""
+
+
+class ExportError(SparsityError):
+    """A network that another program cannot take, or of which it computes something else."""

@@ -60,6 +60,7 @@ LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "lab
 AugmentFunction = Annotated[Call, Methods("sparsity.augmentation", positional=2)]
 Optimizer = Annotated[Call, Methods("torch.optim", positional=1, given=("lr", "weight_decay"))]
 TrackerFunction = Annotated[Call, Methods("sparsity.tracking", positional=1)]
+ExportFunction = Annotated[Call, Methods("sparsity.exports", positional=3)]
 StageFunction = Annotated[Call, Methods("sparsity.stages", positional=2)]
 
 
@@ -210,6 +211,14 @@ class Track:
 
     function: TrackerFunction
     package: str  # that it needs
+
+
+@dataclass(frozen=True)
+class Export:
+    """A form in which the network is handed to other programs."""
+
+    function: ExportFunction
+    packages: list[str]  # that it needs, beside those that every run needs
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ LEVELS = [
     {"models", "data", "losses", "augmentation", "regularizers", "shrinking", "pruning", "graph", "capture"},
     {"population", "weights", "teachers"},
     {"step", "artifact"},
-    {"evaluation"},
+    {"evaluation", "csr"},
     {"training", "accounting", "compaction"},
     {"budgets"},
-    {"stages", "config", "results", "console", "store", "tracking"},
+    {"stages", "config", "results", "console", "store", "tracking", "exports"},
     {"experiment"},
     {"sweeper", "callbacks", "launcher"},
 ]

@@ -84,9 +84,9 @@ def packed(cut: Cut, about: About) -> bytes:
         if place is not None and place.name in whole:
             axes = {str(axis): _bits(index, whole[place.name][axis]) for axis, index in place.kept.items()}
             said[name] |= {key: value for key, value in (("in", place.name), ("kept", axes)) if value != name and value}
-    calls = [_as_data(call) for call in cut.program.calls]
+    calls = [as_data(call) for call in cut.program.calls]
     numbers = {json.dumps(call): number for number, call in enumerate(calls)}
-    dense = [numbers.get(json.dumps(data := _as_data(call)), data) for call in cut.whole.calls]
+    dense = [numbers.get(json.dumps(data := as_data(call)), data) for call in cut.whole.calls]
     network = {"calls": calls, "output": cut.program.output.number, "tensors": said}
     gone = cut.whole.tensors.keys() - {place.name for place in cut.places.values()}
     dtypes = {name: _dtype(tensor) for name, tensor in cut.whole.tensors.items() if name in gone}
@@ -109,7 +109,7 @@ def _bytes(described: Mapping[str, Any], tensors: Tensors) -> bytes:
     return safetensors.torch.save(tensors, {KEY: json.dumps(described, separators=(",", ":"), ensure_ascii=False)})
 
 
-def _as_data(call: Call) -> list[Any]:
+def as_data(call: Call) -> list[Any]:
     """A call as JSON can hold it."""
 
     def data(leaf: Any) -> Any:
@@ -212,12 +212,12 @@ def _artifact(described: Mapping[str, Any], parts: Mapping[str, Tensor], num_byt
     )
     if described["calls"] is None:
         return Artifact(None, tensors, about, str(described["trouble"]))
-    calls = [_as_call(data) for data in described["calls"]]
+    calls = [as_call(data) for data in described["calls"]]
     output = Ref(_whole(described["output"]))
     if dense:
         sizes = {name: [_whole(size) for size in shape] for name, shape in described["dense"]["sizes"].items()}
         _check_sizes(sizes.values(), num_bytes)
-        calls = [calls[data] if type(data) is int else _as_call(data) for data in described["dense"]["calls"]]
+        calls = [calls[data] if type(data) is int else as_call(data) for data in described["dense"]["calls"]]
         output = Ref(_whole(described["dense"]["output"]))
         places = {name: _place(name, how, sizes) for name, how in said.items()}
         dtypes = {name: DTYPES[dtype] for name, dtype in described["dense"].get("dtypes", {}).items()}
@@ -225,7 +225,7 @@ def _artifact(described: Mapping[str, Any], parts: Mapping[str, Tensor], num_byt
         like = {name: (shape, dtypes.get(name, torch.float32)) for name, shape in sizes.items()}
         tensors = filled(tensors, places, empty(like, calls))
     program = Program(calls, tensors, output)
-    _check(program)
+    check(program)
     return Artifact(program, tensors, about)
 
 
@@ -260,7 +260,7 @@ def _whole(number: Any) -> int:
     return number
 
 
-def _as_call(data: Any) -> Call:
+def as_call(data: Any) -> Call:
     """A call of what a file says; what it names is looked up among known functions alone."""
 
     def read(leaf: Any, depth: int = 0) -> Any:
@@ -283,7 +283,7 @@ def _as_call(data: Any) -> Call:
     return call
 
 
-def _check(program: Program) -> None:
+def check(program: Program) -> None:
     """Refuses a program that reads what is not there."""
     known = {0}
     for call in program.calls:

@@ -131,7 +131,7 @@ class Network(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The outputs [batch, …] of images [batch, *shape]."""
-        values: dict[Any, Any] = {0: images, BATCH_SIZE: len(images)}
+        values: dict[Any, Any] = {0: images, BATCH_SIZE: images.shape[0]}
         values.update((name, getattr(self, place)) for name, place in self.places.items())
         for function, fill, outs, done in self.steps:
             *args, kwargs = fill(values)

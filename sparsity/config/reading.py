@@ -121,7 +121,7 @@ def _check_together(run: Run, nodes: Mapping[str, Any]) -> None:
             numbers = {key: value} if isinstance(value, float) else {}
             _check_strengths(rule, _source(stage, "rule"), numbers, run)
     _check_budget(run)
-    _check_tracks(run)
+    _check_packages(run)
     check_objectives(run.objectives)
     if run.compact is False and OF_COMPACT & {*run.objectives}:
         raise ConfigError("objectives=[bytes] counts the compact network's file, which compact=false leaves out")
@@ -256,12 +256,15 @@ def _check_adapt(stage: Stage) -> None:
         raise ConfigError(f"{key} finds {stage.name}'s decay by a budget: give one, such as budget.compression=50")
 
 
-def _check_tracks(run: Run) -> None:
-    """Refuses a tracker whose package is not there."""
-    for name, track in run.track.others.items():
-        if importlib.util.find_spec(track.package.partition(".")[0]) is None:
-            remedy = f"pip install -e '.[{name}]', or take track=none"
-            raise ConfigError(f"track={name} needs the package {track.package}: {remedy}")
+def _check_packages(run: Run) -> None:
+    """Refuses a tracker and an export whose packages are not there."""
+    needs = [("track", name, [track.package]) for name, track in run.track.others.items()]
+    needs += [("export", name, export.packages) for name, export in run.export.others.items()]
+    for group, name, packages in needs:
+        for package in packages:
+            if importlib.util.find_spec(package.partition(".")[0]) is None:
+                remedy = f"pip install -e '.[{name}]', or take {group}=none"
+                raise ConfigError(f"{group}={name} needs the package {package}: {remedy}")
 
 
 def _search_keys(run: Run) -> list[tuple[str, str]]:
@@ -342,6 +345,7 @@ ALWAYS = (
     "threads",
     "step",
     "track",
+    "export",
     "plots",
     "compact",
     "card",

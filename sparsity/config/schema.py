@@ -11,6 +11,7 @@ from sparsity.nodes import (
     Augment,
     Average,
     Call,
+    Export,
     Loader,
     Loss,
     Model,
@@ -59,6 +60,13 @@ class Tracks:
 
 
 @dataclass(frozen=True)
+class Exports:
+    """The forms in which the network is handed to other programs."""
+
+    others: dict[str, Export] = field(metadata={"others": True})  # each under its name
+
+
+@dataclass(frozen=True)
 class Ramp:
     """How the strength of a rule rises from round to round, to the number that is asked for in the last."""
 
@@ -103,6 +111,7 @@ class Run:
     sensitivity: float | None
     budget: Budget
     track: Tracks
+    export: Exports
     plots: bool | None  # None: of a single run, not of a sweep's members
     compact: bool | None  # the same
     card: bool | None  # the same

@@ -18,7 +18,7 @@ from sparsity.config.typed import check, check_names, flatten
 from sparsity.errors import ConfigError
 
 # keys that change no number, and so no sweep
-NEUTRAL = ("card", "compact", "plots", "step", "store", "threads", "track", "trust")
+NEUTRAL = ("card", "compact", "export", "plots", "step", "store", "threads", "track", "trust")
 NUMBERED = "${hydra.job.num}"  # Hydra's own name for the folder of a job
 NAMING = ("search", *METHODS, "recipe")  # groups whose choices make a sweep's name
 

@@ -153,6 +153,7 @@ def _kind_of(run: config.Run) -> str:
         "plots",
         "compact",
         "card",
+        "export",
     )  # which stages have read
     shared = {each.name: getattr(run, each.name) for each in dataclasses.fields(run) if each.name not in own}
     return json.dumps(_alike(shared, False), default=str)

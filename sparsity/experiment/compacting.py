@@ -44,6 +44,7 @@ class Compact:
     card: dict[str, Any]  # dense, masked and compact side by side
     latency: dict[str, Any] = field(default_factory=dict)  # seconds, of a batch: not the same from run to run
     file: dict[str, Any] | None = None
+    network: Network | None = None
     lines: list[str] = field(default_factory=list)  # warnings
 
 
@@ -79,6 +80,7 @@ def compact_member(
     found.card["compact"]["macs"] = counted_macs(network, image)
     found.card["stays"] = made.stays
     found.latency = latencies({"masked": module, "compact": network}, splits, at_once)
+    network.about, found.network = about, network
     return found
 
 

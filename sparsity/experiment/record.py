@@ -14,7 +14,7 @@ import torch
 from sparsity import artifact, console, results
 from sparsity.accounting import Report, account
 from sparsity.config import START, Run
-from sparsity.errors import DivergedError, SparsityError, StageError, reason
+from sparsity.errors import DivergedError, ExportError, SparsityError, StageError, reason
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.experiment.closing import causes, closing_lines
 from sparsity.experiment.compacting import MOST_AT_ONCE, Compact, compact_member
@@ -26,6 +26,7 @@ from sparsity.experiment.plan import Planned, planned
 from sparsity.experiment.precision import precision_of
 from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of, population_of, tensors_of
 from sparsity.experiment.views import accuracies, selection
+from sparsity.files import file_digest
 from sparsity.front import OF_COMPACT
 from sparsity.population import Population, join
 from sparsity.results import card, plots
@@ -362,7 +363,8 @@ class Record:
     def _compact(self, member: Member, report: Report, description: Mapping[str, Any]) -> Compact | None:
         """The compact network of a member, where it is asked for, with what it saves."""
         job = member.job
-        if not (_asked(job.run.compact, job) or job.run.card or OF_COMPACT & {*job.run.objectives}):
+        wanted = job.run.card or job.run.export.others or OF_COMPACT & {*job.run.objectives}
+        if not (_asked(job.run.compact, job) or wanted):
             return None
         at_once = images_at_once(member.population, MOST_AT_ONCE, self.context.image_bytes)
         about = artifact.About(
@@ -374,9 +376,30 @@ class Record:
             member.warn(line)
         if found.file is not None:
             member.files[artifact.NAME] = found.file
+        found.card["exports"] = self._export(member, found)
         dense = accuracies(member.stages, member.given, member.histories)["dense"]["test"]
         if dense is not None:
             found.card = {"dense": {"parameters": report.total["parameters"], "accuracy": dense}} | found.card
+        return found
+
+    def _export(self, member: Member, compact: Compact) -> dict[str, Any]:
+        """The compact network in the forms that are asked for, and how each compares; what fails is left out, and told."""
+        found: dict[str, Any] = {}
+        for name, export in member.job.run.export.others.items():
+            if compact.network is None:
+                member.warn(f"export={name} is left out: there is no compact network to export")
+                continue
+            try:
+                with console.waiting(f"export={name}"):
+                    made = export.function.partial()(compact.network, self.splits.test, member.job.folder)
+            except ExportError as error:
+                member.warn(f"export={name} is left out: {error}")
+                continue
+            found[name] = {"files": made.files, "difference": made.difference, "accuracy": made.accuracy}
+            for line in made.notes:
+                log.info(line, extra={"member": member.job.number})
+            for file in made.files:
+                member.files[file] = {"bytes": made.files[file], "sha256": file_digest(member.job.folder / file)}
         return found
 
     def _draw(self, member: Member, result: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ log = logging.getLogger("sparsity")
 SWEEP = "sweep.json"
 FORMAT = 1  # of it
 HYDRA = ".hydra"  # the folder that Hydra leaves in every job's folder
-WITHOUT_EFFECT = ("card", "compact", "plots", "step", "threads", "track")  # settings that change no result
+WITHOUT_EFFECT = ("card", "compact", "export", "plots", "step", "threads", "track")  # settings that change no result
 
 
 @dataclass(frozen=True)

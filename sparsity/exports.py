@@ -1,0 +1,258 @@
+"""The compact network of a run in forms for other programs, each run there on every test image before it is written.
+
+An export is a function of the network, the test set as the loader gave it, and the folder to write into. What it writes
+takes images as the data set has them: scaling and normalisation are inside.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sparsity import csr as matrices
+from sparsity import files
+from sparsity.artifact import About, Network, Program
+from sparsity.data import Files, Images
+from sparsity.errors import ExportError, reason
+from sparsity.kinds import PositiveCount, Range
+
+AT_ONCE = 100  # images
+TOLERANCE = 1e-3  # of the largest output: what another program's order of sums may make of it, and no other network
+INPUT, OUTPUT, BATCH = "images", "outputs", "batch"
+ABOUT = "about.json"  # within a file of torch.export
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written, and how it compares with PyTorch over all test images."""
+
+    files: dict[str, int]  # their names, and bytes
+    difference: float  # the largest of any output
+    accuracy: float  # of what was written, in [0, 1]
+    notes: Sequence[str] = ()  # what there is to say of it
+
+
+def onnx(network: Network, test: Images | Files, folder: Path, *, opset: Annotated[int, Range(18, 23)]) -> Exported:
+    """`compact.onnx`, for any runtime of ONNX: one file with its weights, of images in batches of any size.
+
+    opset: the version of ONNX's operators; newer ones need newer runtimes. The file's metadata holds the names of the
+    classes and the shape of an image as JSON.
+    """
+    with _exporting("onnx", folder):
+        raw = Raw(network, test)
+        content = _onnx(raw, opset)
+        return _written(folder, "compact.onnx", content, _checked(raw, test, _onnxruntime(content)))
+
+
+def torch_export(network: Network, test: Images | Files, folder: Path) -> Exported:
+    """`compact.pt2`, for PyTorch without this program: `torch.export.load(FILE).module()(images)`.
+
+    `about.json` in it, an extra file, holds the names of the classes and the shape of an image.
+    """
+    with _exporting("torch_export", folder):
+        raw = Raw(network, test)
+        file, extra = io.BytesIO(), {ABOUT: json.dumps(_said(raw.about))}
+        torch.export.save(_without_traces(_traced(raw)), file, extra_files=extra)
+        content = file.getvalue()
+        module = torch.export.load(io.BytesIO(content)).module()
+        return _written(folder, "compact.pt2", content, _checked(raw, test, module))
+
+
+def csr(
+    network: Network,
+    test: Images | Files,
+    folder: Path,
+    *,
+    batch_sizes: list[PositiveCount],
+    repeats: PositiveCount,
+) -> Exported:
+    """`compact_csr.npz`, for NumPy and SciPy: linear layers as sparse matrices where these are faster.
+
+    batch_sizes: those at which the sparse product must be faster than the dense one; repeats: measurements of each, in
+    turns, of which the median counts. `sparsity.csr.load` runs the file; of a network that computes more than linear
+    layers, activations and reshapes it holds the linear layers alone.
+    """
+    with _exporting("csr", folder):
+        raw = Raw(network, test)
+        program = raw.program()
+        if not matrices.matrices(program):
+            raise ExportError("export=csr is for linear layers, of which this network has none: take export=onnx")
+        sparse, speeds = matrices.measured(program, batch_sizes, repeats)
+        content = matrices.packed(program, sparse, speeds, raw.about)
+        held, others = matrices.read(content), matrices.unknown(program)
+        notes = [f"compact_csr.npz: {matrices.said(speeds)}"]
+        if others:
+            notes.append(f"compact_csr.npz holds linear layers alone: the network computes {', '.join(others)} too")
+
+        def run(images: Tensor) -> Tensor:
+            if held.is_whole:
+                return torch.from_numpy(np.ascontiguousarray(held.outputs(images.numpy())))
+            return matrices.mixed_outputs(program, held.program, raw.scaled(images))
+
+        return _written(folder, "compact_csr.npz", content, _checked(raw, test, run), notes)
+
+
+# --- what all of them do ---------------------------------------------------------------------------------------------
+
+
+class Raw(nn.Module):
+    """A network that takes images as the data set has them, on the CPU."""
+
+    def __init__(self, network: Network, test: Images | Files):
+        super().__init__()
+        self.network = copy.deepcopy(network).cpu().eval()
+        self.about: About = network.about or About(tuple(test.shape))
+        self.dtype = next(_batches(test))[0].dtype
+        for name in ("mean", "std"):
+            numbers = getattr(self.about, name)
+            column = numbers and torch.tensor(numbers).view(-1, *[1] * (len(self.about.input_shape) - 1))
+            self.register_buffer(name, column)
+        self.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The outputs of images [n, *shape], uint8 or floating point as the test set has them."""
+        return self.network(self.scaled(images))
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Images as the network takes them: uint8 to [0, 1], then (x − mean) / std."""
+        if not images.is_floating_point():
+            images = images.float() * (1 / 255)
+        return images if self.mean is None else (images - self.mean) / self.std
+
+    def program(self) -> Program:
+        """The network's program with its tensors as they are here."""
+        tensors = {name: getattr(self.network, place) for name, place in self.network.places.items()}
+        return replace(self.network.program, tensors=tensors)
+
+    def example(self) -> Tensor:
+        """Two images of zeros: of a single one, the size of the batch would be taken for a constant."""
+        return torch.zeros(2, *self.about.input_shape, dtype=self.dtype)
+
+
+@contextlib.contextmanager
+def _exporting(name: str, folder: Path) -> Iterator[None]:
+    """Says in one line what another program refuses, and none of its warnings."""
+    refusal = files.why_not_writable(folder)
+    if refusal is not None:
+        raise ExportError(f"export={name} cannot write into {folder} ({refusal.strerror or refusal}): make it writable")
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            yield
+    except ExportError:
+        raise
+    except OSError as error:
+        raise ExportError(
+            f"export={name} cannot write into {folder} ({error.strerror or error}): free space"
+        ) from error
+    except Exception as error:  # whatever these programs may raise
+        raise ExportError(f"export={name} cannot take this network ({reason(error)}): take another export") from error
+
+
+def _batches(test: Images | Files) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first image alone, then all images, each with their labels."""
+    for order, size in ((torch.zeros(1, 1, dtype=torch.long), 1), (torch.arange(len(test)).unsqueeze(0), AT_ONCE)):
+        for batch in test.batches(order, size):
+            yield batch.images[0].cpu(), batch.labels[0].cpu()
+
+
+def _checked(raw: Raw, test: Images | Files, run: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+    """The largest difference of another program's outputs from PyTorch's, and its accuracy; refuses other outputs."""
+    difference, largest, correct = torch.zeros(()), torch.zeros(()), 0
+    for number, (images, labels) in enumerate(_batches(test)):
+        expected, found = raw(images), run(images)
+        if found.shape != expected.shape:
+            raise ValueError(f"its outputs are {list(found.shape)}, PyTorch's {list(expected.shape)}")
+        difference = torch.maximum(difference, (found - expected).abs().max())  # NaN where any is
+        largest = torch.maximum(largest, expected.abs().max())
+        correct += int((found.argmax(1) == labels).sum()) if number else 0
+    if not difference <= TOLERANCE * largest:
+        raise ValueError(f"its outputs of up to {largest:.2g} differ from PyTorch's by {difference:.2g}")
+    return difference.item(), correct / len(test)
+
+
+def _written(
+    folder: Path, name: str, content: bytes, checked: tuple[float, float], notes: Sequence[str] = ()
+) -> Exported:
+    files.write_bytes(folder / name, content)
+    return Exported({name: len(content)}, *checked, notes)
+
+
+def _said(about: About) -> dict[str, Any]:
+    """What a file says beside its network."""
+    classes = {} if about.classes is None else {"classes": list(about.classes)}
+    return {**classes, "input_shape": list(about.input_shape)}
+
+
+# --- PyTorch and ONNX ------------------------------------------------------------------------------------------------
+
+
+def _traced(raw: Raw) -> torch.export.ExportedProgram:
+    """The network as PyTorch's own graph, for batches of any size."""
+    return torch.export.export(raw, (raw.example(),), dynamic_shapes=({0: torch.export.Dim(BATCH)},))
+
+
+def _without_traces(traced: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """A graph that does not say in which lines of which files its functions stood."""
+    for node in traced.graph.nodes:
+        node.meta.pop("stack_trace", None)
+    return traced
+
+
+def _onnx(raw: Raw, opset: int) -> bytes:
+    """The bytes of a checked ONNX file."""
+    from onnx import checker, helper
+
+    for name in ("onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    names = {"input_names": [INPUT], "output_names": [OUTPUT]}
+    model = torch.onnx.export(_traced(raw), dynamo=True, opset_version=opset, verbose=False, **names).model_proto
+    properties = {name: json.dumps(value, ensure_ascii=False) for name, value in _said(raw.about).items()}
+    helper.set_model_props(model, properties)
+    _rename(model.graph, raw.network)
+    model.producer_name = "sparsity"
+    content = model.SerializeToString(deterministic=True)
+    checker.check_model(content, full_check=True)
+    return content
+
+
+def _rename(graph: Any, network: Network) -> None:
+    """Gives tensors and the batch the names that users know, and takes out where each node was written."""
+    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    names = {f"network.{place}": name for name, place in network.places.items() if name not in taken}
+    batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        del value.metadata_props[:]
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param == batch:
+                size.dim_param = BATCH
+    for tensor in graph.initializer:
+        tensor.name = names.get(tensor.name, tensor.name)
+        del tensor.metadata_props[:]
+    for value in graph.value_info:
+        value.name = names.get(value.name, value.name)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        del node.metadata_props[:]
+    del graph.metadata_props[:]
+
+
+def _onnxruntime(content: bytes) -> Callable[[Tensor], Tensor]:
+    """What runs an ONNX file on the CPU, in as many threads as PyTorch."""
+    from onnxruntime import InferenceSession, SessionOptions
+
+    options = SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors alone
+    session = InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
