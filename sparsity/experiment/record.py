@@ -383,7 +383,7 @@ class Record:
         return found
 
     def _export(self, member: Member, compact: Compact) -> dict[str, Any]:
-        """The compact network in the forms that are asked for, and how each compares; what fails is left out, and told."""
+        """The compact network in the forms that are asked for, and how each compares; what fails is told."""
         found: dict[str, Any] = {}
         for name, export in member.job.run.export.others.items():
             if compact.network is None:
