@@ -341,7 +341,7 @@ def flat(dice: random.Random, shape: tuple[int, ...]) -> nn.Module:
         Do(lambda self, x: x.sum(3).sum(2)),
         Do(lambda self, x: x.permute(0, 2, 3, 1).flatten(1)),
         Do(lambda self, x: x.mean(3).flatten(1)),
-        Do(lambda self, x: x.std((2, 3))),
+        Do(lambda self, x: x.std((2, 3), correction=0)),
         nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()),
         nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
         Do(lambda self, x: x[:, :, 0, -1]),
@@ -618,7 +618,7 @@ def made(shape: tuple[int, ...], steps: list[tuple[str, int]]) -> Steps:
                 found = step(images, units) if isinstance(step, FromImages) else step(units)
             except (RuntimeError, ValueError):  # what torch does not do, such as reflecting more than there is
                 continue
-        if found.numel() > 6000 or 0 in found.shape or not found.isfinite().all():
+        if found.numel() > 2500 or 0 in found.shape or not found.isfinite().all():
             continue
         module.steps.append(step)
         units = found

@@ -38,7 +38,9 @@ def coded(name: str, tensor: Tensor) -> tuple[dict[str, Any], Tensors]:
     about = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
     forms = [({**about, "form": "dense"}, {name: tensor})]
     if not tensor.dtype.is_floating_point and tensor.ndim == 1 and _ascends(tensor):
-        bits, how = _smaller(_packed(torch.zeros(int(tensor[-1]) + 1, dtype=torch.bool).index_fill(0, tensor, True)))
+        bits, how = _smaller(
+            _packed(torch.zeros(int(tensor[-1]) + 1, dtype=torch.bool).index_fill(0, tensor.long(), True))
+        )
         forms.append(({**about, "form": "places", **how}, {f"{name}.bits": bits}))
     elif tensor.numel():
         there = nonzero(tensor).flatten()

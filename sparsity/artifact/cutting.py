@@ -103,7 +103,7 @@ def cut(module: nn.Module, image: Tensor, facts: Facts | None = None) -> Cut:
             back &= ~kept
             assert back.any(), f"nothing to keep: {stuck}"
             stays[str(stuck)] = stays.get(str(stuck), 0) + int(back.sum())
-            kept = kept | back
+            kept = found.units.with_mixed(kept | back)
 
 
 class _Cutter:

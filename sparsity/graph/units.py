@@ -385,6 +385,14 @@ class Units:
         kept[0] = True
         return kept
 
+    def with_mixed(self, kept: Tensor) -> Tensor:
+        """Units that are kept, and those that a softmax or a normalisation mixes with these."""
+        for node in reversed(self.nodes):
+            if isinstance(node, Mix):
+                units = self.of[node.outs]
+                kept[self.of[node.ins]] |= kept[units[units > 0]].any()
+        return kept
+
     def going(self, rows: Tensors, free: Container[str]) -> Went:
         """What goes with the rows of weights that a rule removes: by tensor and axis, which entries along it.
 
