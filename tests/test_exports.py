@@ -317,8 +317,8 @@ def test_a_file_that_lies_is_refused_before_it_is_run(change, tmp_path):
 
 
 def test_several_at_once():
-    run = config.read(compose(["export=[onnx,csr]", "export.csr.function.batch_sizes=[1]"])[0])
-    assert list(run.export.others) == ["onnx", "csr"]
+    run = config.read(compose(["export=[torch_export,csr]", "export.csr.function.batch_sizes=[1]"])[0])
+    assert list(run.export.others) == ["torch_export", "csr"]
     assert run.export.others["csr"].function.partial().keywords == {"batch_sizes": [1], "repeats": 7}
     assert not config.read(compose([])[0]).export.others
 
