@@ -78,8 +78,12 @@ def exported(name, network, test, folder):
     return getattr(exports, name)(network, test, folder, **NUMBERS[name])
 
 
-@pytest.mark.parametrize("name", EACH)
-@pytest.mark.parametrize("model", ["lenet300", "lenet5", *slow("resnet20", *TORCHVISION)])
+PAIRS = [(model, name) for model in ("lenet300", "lenet5", "resnet20", "resnet18") for name in FILES]
+PAIRS += [(model, "onnx") for model in TORCHVISION if model != "resnet18"]
+QUICK = [pair for pair in PAIRS if pair[0].startswith("lenet") and pair[1] != "onnx"]  # whose exporter takes seconds
+
+
+@pytest.mark.parametrize(("model", "name"), [*QUICK, *slow(*(pair for pair in PAIRS if pair not in QUICK))])
 def test_outputs_are_those_of_pytorch(model, name, tmp_path):
     network = network_of(model, SHARES.get(model, 0.3 if model in TORCHVISION else 0.4))
     test = test_set(network.about.input_shape)

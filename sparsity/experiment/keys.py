@@ -18,6 +18,7 @@ NO_NUMBERS = ("__init__", "callbacks", "config", "console", "errors", "files", "
 NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "streams", "sweeper", "tables")
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
 NO_NUMBERS += ("tracking", "experiment.closing", "experiment.job", "experiment.probing", "experiment.views")
+NO_NUMBERS += ("artifact", "exports", "csr", "experiment.compacting")
 # what counts in the stages that use it alone
 OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction")
 
