@@ -1,6 +1,5 @@
 """The smaller program that computes what a pruned network computes: units that nothing depends on are cut out."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +15,6 @@ from sparsity.graph.slots import Held, varying
 from sparsity.graph.tape import BATCH, Batch, Call, Named, Ref, Tape, tape
 from sparsity.graph.units import Facts
 from sparsity.tensors import Tensors, nonzero
-
-log = logging.getLogger("sparsity")
 
 Axes = dict[int, Tensor]  # axis of a tensor → the places kept along it, ascending
 BROADCAST = KEEP_ZERO | FORGET_ZERO | SUMS | FACTORS | OF_ENTRIES
@@ -195,7 +192,7 @@ class _Cutter:
             return
         name = call.name
         if name == "linear":
-            self._layer(call, want, -1, {0: want.get(self._ndim(out) - 1)})
+            self._layer(call, want)
         elif name == "convolution":
             self._convolution(call, want)
         elif name == "cat":
@@ -320,18 +317,15 @@ class _Cutter:
 
     # --- layers ------------------------------------------------------------------------------------------------------
 
-    def _layer(self, call: Call, want: Axes, axis: int, rows: dict[int, Tensor | None]) -> None:
+    def _layer(self, call: Call, want: Axes) -> None:
         """A linear layer: the inputs that are kept, and what the others give in the bias."""
         images, weight, bias = call.args[:3]
         if not isinstance(images, Ref) or not isinstance(weight, Named):
             return self._write(call, self._own, {call.outs[0]: want})
         value, matrix = self.tape.values.get(weight.name), self.program.tensors[weight.name]
         axes = self._axes(value, 2) if isinstance(value, Held) else {}
-        last = self._ndim(images.number) - 1
-        if want.keys() - {self._ndim(call.outs[0]) - 1}:  # along positions
-            others = {a: index for a, index in want.items() if a != self._ndim(call.outs[0]) - 1}
-        else:
-            others = {}
+        last, width = self._ndim(images.number) - 1, self._ndim(call.outs[0]) - 1
+        others = {axis: index for axis, index in want.items() if axis != width}  # along positions
         columns = axes.get(1, axes.get(-1))  # of one input alone it is all that goes
         shift = self._shift(call, images, last, columns, axes.get(0), bias, matrix)
         if columns is not None and not len(columns):
@@ -346,7 +340,7 @@ class _Cutter:
         kernel = self.program.tensors[weight.name]
         value = self.tape.values.get(weight.name)
         axes = self._axes(value, kernel.ndim) if isinstance(value, Held) else {}
-        groups, transposed = how[6 - 1], how[3]
+        groups, transposed = how[5], how[3]
         outs = want.get(1)
         if groups == 1:
             columns = axes.get(0 if transposed else 1, axes.get(-1))

@@ -57,9 +57,9 @@ def compact_member(
     in a pass. What cannot be recorded is written as weights alone, what would compute something else not at all; both
     are told.
     """
-    module = as_module(member)
     found = Compact({"masked": _masked(report, (folder / NETWORK).read_bytes())})
     try:
+        module = as_module(member)
         made = artifact.cut(copy.deepcopy(module).cpu(), splits.scale(_pixels(splits, 1)).cpu())
     except Exception as error:  # of ours where it cannot be recorded, and whatever a custom module may raise
         found.lines.append(f"{artifact.NAME} holds weights alone: {reason(error)}; sparsity.load needs module= for it")
