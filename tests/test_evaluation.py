@@ -81,5 +81,6 @@ def test_a_run_evaluates_within_bounds(run, monkeypatch):
         "step=eager",
         "stages=[pretrain]",
         "plots=false",
+        "compact=false",
     )
     assert max(seen[True]) <= 16 + 1 and max(seen[False]) == 80
