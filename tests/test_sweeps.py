@@ -141,7 +141,7 @@ def test_the_front_is_chosen_on_validation_and_ordered_by_compression(sweep):
 def test_other_objectives(sweep):
     front = read([sweep], objectives=["nonzero", "macs"]).front
     assert [point.value("reg.decay") for point in front] == ["1e-6"]
-    with pytest.raises(ConfigError, match="accuracy, compression, macs, nonzero; got 'speed'"):
+    with pytest.raises(ConfigError, match="accuracy, compression, macs, nonzero, bytes; got 'speed'"):
         read([sweep], objectives=["speed"])
 
 
