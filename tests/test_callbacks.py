@@ -44,7 +44,7 @@ def sweep(tmp_path, monkeypatch):
     [
         (
             ["objectives=[accuracy,speed]"],
-            "objectives[1] must be one of accuracy, compression, macs, nonzero; got 'speed'",
+            "objectives[1] must be one of accuracy, compression, macs, nonzero, bytes; got 'speed'",
         ),
         (["objectives=[macs,macs]"], "objectives must name each objective once, of"),
         (

@@ -445,7 +445,7 @@ def test_a_storage_that_fails_ends_the_search_with_a_line(searching, monkeypatch
         ("sensitivity=interval(-1,1)", "sensitivity must be a number ≥ 0, got -1"),
         (
             "objectives=[accuracy,speed]",
-            "objectives.* must be one of accuracy, compression, macs, nonzero; got 'speed'",
+            "objectives.* must be one of accuracy, compression, macs, nonzero, bytes; got 'speed'",
         ),
         ("reg.deacy=interval(1,2)", "reg.deacy is no key: did you mean reg.decay"),
         ("reg=hs,l1", "reg is searched, and each of its choices has a range of its own for reg.decay"),
