@@ -78,12 +78,8 @@ def taken_apart(function: Any, args: Any, kwargs: Any) -> Any:
     return function.decompose(*args, **kwargs)
 
 
-class Recorder(TorchDispatchMode):
-    """Watches the functions that torch computes in one pass."""
-
-    def __init__(self, module: nn.Module, images: Tensor):
-        super().__init__()
-        self.slots = Products(module, images)
+class Watch(TorchDispatchMode):
+    """Watches the functions that torch computes in one pass, each taken apart as far as it can be."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,6 +88,22 @@ class Recorder(TorchDispatchMode):
                 result = taken_apart(function, args, kwargs)
             if result is not NotImplemented:
                 return result
+        return self.compute(function, args, kwargs)
+
+    def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What a function gives that is not made of others."""
+        return function(*args, **kwargs)
+
+
+class Recorder(Watch):
+    """Watches the functions that torch computes in one pass, and keeps what they say of slots."""
+
+    def __init__(self, module: nn.Module, images: Tensor):
+        super().__init__()
+        self.slots = Products(module, images)
+
+    def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What a function gives, once its results have their slots."""
         name = function._schema.name.rpartition("::")[2]
         changed = args[0] if name.endswith("_") and not name.endswith("__") and args else None
         before = self.slots.value_of(changed)

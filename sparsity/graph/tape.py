@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsity.graph.functions import CREATIONS, SILENT, is_known
-from sparsity.graph.recorder import Recorder, op_by_op, taken_apart
+from sparsity.graph.recorder import Recorder, Watch, op_by_op
 from sparsity.graph.slots import Value
 from sparsity.graph.units import Units, one_thread
 
@@ -84,21 +83,16 @@ class _Seen:
     values: list[Value]  # of these, and of the results
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(Watch):
     """Keeps the functions of a pass, taken apart as the recorder of units takes them apart."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[_Seen] = []
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is not torch.ops.prim.device.default:
-            with self:
-                result = taken_apart(function, args, kwargs)
-            if result is not NotImplemented:
-                return result
-        result = function(*args, **kwargs)
+    def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """What a function gives, which is kept."""
+        result = super().compute(function, args, kwargs)
         self.seen.append(_seen(function, args, kwargs, result, lambda _: None))
         return result
 

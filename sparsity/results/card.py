@@ -8,7 +8,7 @@ from sparsity.results.pictures import COLOURS, as_typed, drawing, save
 from sparsity.tables import Column, show_table
 
 CARD = "card.png"
-KINDS = ("dense", "masked", "compact", "quantized")
+KINDS = ("dense", "masked", "compact")
 FIGURES = {  # their names on the card, as they are said, and the rank of a column that may be left out
     "parameters": ("parameters", "{:,}", 0),
     "nonzero": ("non-zeros", "{:,}", 0),
