@@ -21,8 +21,10 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
     report.heading("start-up")
     with tempfile.TemporaryDirectory() as folder:
         commands = _commands(setting, folder)
-        rounds = [{name: until_mark(call) for name, call in commands.items()} for _ in range(setting.rounds + 1)]
-    taken = {name: [turn[name] for turn in rounds[1:]] for name in commands}
+        warm_ups = 0 if setting.quick else 1
+        count = setting.rounds + warm_ups
+        rounds = [{name: until_mark(call) for name, call in commands.items()} for _ in range(count)]
+    taken = {name: [turn[name] for turn in rounds[warm_ups:]] for name in commands}
     for name, seconds in taken.items():
         report.add(Figure(PART, name, median(seconds), "s", details={"seconds": seconds}))
     beyond = [run - torch for run, torch in zip(taken["first training step"], taken["import torch"])]

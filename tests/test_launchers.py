@@ -81,38 +81,28 @@ def in_process(tmp_path_factory):
     return root
 
 
-SEARCH = ("hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2")
+SEARCH = ("hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PLUGINS)
 def test_a_sweep_is_as_in_process(name, in_process, tmp_path):
+    """Nothing says threads=1: they are shared."""
     needs(name)
     more = [f"hydra/launcher={name}", TWO_AT_A_TIME[name]]
     environment = with_slurm(tmp_path / "slurm") if name == "submitit_slurm" else {}
-    done = sweep(tmp_path / "grid", "threads=1", GRID, *RELATIVE[:2], *more, **environment)
+    done = sweep(tmp_path / "grid", GRID, *RELATIVE[:2], *more, **environment)
     assert done.returncode == 2 and "3 members: 2 done, 1 failed" in done.stdout, done.stderr
     assert "regularize: the loss became NaN or infinite" in done.stderr and "Traceback" not in done.stderr
     assert table(tmp_path / "grid") == table(in_process / "grid")
     assert len(list((tmp_path / "grid" / "store" / "pretrain").iterdir())) == 1
     result = json.loads((tmp_path / "grid" / "sweep" / "0" / "result.json").read_text())
-    assert result["environment"]["command"][:2] == ["main.py", MLP[0]] and result["environment"]["threads"] == 1
-    if name != "submitit_slurm":
+    shared = max(1, launcher._num_cores() // 2) if name in ("joblib", "submitit_local") else 1
+    assert result["environment"]["command"][:2] == ["main.py", MLP[0]] and result["environment"]["threads"] == shared
+    if name in ("joblib", "ray"):  # another batch of the same launcher
         searched = sweep(tmp_path / "search", "threads=1", "search=pareto", *SEARCH, *RELATIVE, *more)
         assert searched.returncode == 0, searched.stderr
         assert table(tmp_path / "search") == table(in_process / "search")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["joblib", "submitit_local", "ray"])
-def test_threads_are_shared(name, tmp_path):
-    needs(name)
-    more = [f"hydra/launcher={name}", *([] if name == "ray" else ["hydra.launcher.n_jobs=-1"])]
-    arguments = ("stages=[pretrain]", "seed=0,1", "hydra.sweep.dir=sweep", "store=null")
-    done = sweep(tmp_path / "grid", *arguments, *more)
-    assert done.returncode == 0, done.stderr
-    for path in (tmp_path / "grid" / "sweep").glob("*/result.json"):
-        assert json.loads(path.read_text())["environment"]["threads"] == 1
 
 
 @pytest.mark.parametrize("name", PLUGINS)

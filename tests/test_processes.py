@@ -79,12 +79,13 @@ def test_a_worker_ends_with_its_sweep_and_leaves_ctrl_c_to_it():
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "how"), [("joblib", signal.SIGTERM), ("submitit_local", signal.SIGTERM),
                                            ("joblib", signal.SIGINT), ("joblib", signal.SIGKILL)])  # fmt: skip
-def test_no_worker_outlives_its_sweep(name, how, tmp_path):
+def test_no_worker_outlives_its_sweep(name, how, tmp_path, request):
     needs(name)
     arguments = [*MLP, "-m", "schedule.pretrain.epochs=5000", "stages=[pretrain]", "seed=0,1,2", "store=null"]
     arguments += [f"hydra.sweep.dir={tmp_path}/sweep", f"hydra/launcher={name}", "hydra.launcher.n_jobs=2"]
     sweep = start("main.py", *arguments, "hydra.output_subdir=null", cwd=ROOT, stdout=subprocess.PIPE,
                   start_new_session=True)  # fmt: skip
+    request.addfinalizer(lambda: (sweep.poll() is None and sweep.kill(), sweep.communicate()))
     assert waits(lambda: len(list(tmp_path.glob("sweep/[01]/main.log"))) == 2, 120)
     time.sleep(1.5)
     workers = psutil.Process(sweep.pid).children(recursive=True)

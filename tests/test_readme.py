@@ -30,7 +30,7 @@ def test_adding_a_regularizer_takes_one_function_and_one_yaml(tmp_path):
         done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
 
-    status, said = python("-m", "pytest", "-k", "capped_l1", "tests/test_methods.py", "tests/test_configs.py")
+    status, said = python("-m", "pytest", "-n0", "-k", "capped_l1", "tests/test_methods.py", "tests/test_configs.py")
     assert status == 0 and int(re.search(r"(\d+) passed", said)[1]) > 40, said
     small = ("data=digits", "schedule=smoke", "plots=false", "threads=1", "store=null")
     status, said = python("main.py", "reg=capped_l1", "reg.penalty.cap=0.05", *small)
