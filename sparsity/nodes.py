@@ -55,6 +55,8 @@ ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", posi
 COUPLING = ("unit_of_rows", "num_units", "unit_of_columns", "is_head")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
 CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
+QuantizerFunction = Annotated[Call, Methods("sparsity.quantizing", positional=1, given=("codes", "bits"))]
+CodesFunction = Annotated[Call, Methods("sparsity.quantizing", positional=1, given=("bits",))]
 TEACHER = "teacher"  # what a loss asks for to get a trained network's outputs on the same images
 LossFunction = Annotated[Call, Methods("sparsity.losses", given=("outputs", "labels", TEACHER))]
 AugmentFunction = Annotated[Call, Methods("sparsity.augmentation", positional=2)]
@@ -169,6 +171,16 @@ class Adapt:
     rule: Rule
     sensitivity: float
     every: PositiveCount  # steps from one look to the next
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How weights are put in few bits."""
+
+    function: QuantizerFunction
+    bits: Annotated[int, Range(2, 8)]  # of an entry
+    apply_to: Kinds
+    codes: CodesFunction | None = None  # by which entries share a value, if the function asks for them
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Loss:
 CROSS_ENTROPY = Loss(cross_entropy)
 # float images [n, *shape] and numbers in [0, 1) drawn for each [n, draws] to images, whatever the member
 Augmentation = Callable[[Tensor, Tensor], Tensor]
+# the members' parameters, by name, to what the forward pass sees in their place, through which gradients reach them
+Seen = Callable[[Tensors], Tensors]
 
 
 class Step:
@@ -77,6 +79,7 @@ class Step:
         augment: Augmentation | None = None,
         shrink: Shrink | None = None,
         straight_through: bool = False,
+        seen: Seen | None = None,
     ):
         """population: its parameters are leaves that record gradients; way: how the step is computed.
 
@@ -107,9 +110,10 @@ class Step:
         if not is_elementwise(self.optimizer) and not straight_through:
             self.held = {name: moved[name].detach().clone() for name in population.masks if name in moved}
         self.straight_through = straight_through
-        through, held = (self.factors, {}) if straight_through else ({}, self.factors)
+        held = {} if straight_through else self.factors
+        self.seen = partial(_masked, factors=self.factors) if straight_through else seen
         functions = [
-            _gradients(population, splits, loss, precision, moved, augment, through),
+            _gradients(population, splits, loss, precision, moved, augment, self.seen),
             _penalised(population, penalty, moved, held),
             _update(self.optimizer, moved, self.held, population.masks, _shrinking(shrink, self.strength, population)),
         ]
@@ -162,12 +166,12 @@ class Step:
                 self.held[name].copy_(parameter)
 
     def masked(self, population: Population) -> Population:
-        """The population as the forward pass sees it: zeros where masks are 0."""
-        if not self.straight_through:
+        """The population as the forward pass sees it, such as with zeros where masks are 0."""
+        if self.seen is None:
             return population
-        masks = population.masks
-        seen = {name: p * masks[name] if name in masks else p for name, p in population.parameters.items()}
-        return replace(population, parameters=seen)
+        return replace(
+            population, parameters=self.seen({name: p.detach() for name, p in population.parameters.items()})
+        )
 
     def strengthen(self, progress: float, rate: float) -> None:
         """Sets the decay to what it is after a share of training, if it may change; of shrinking, times the rate."""
@@ -241,14 +245,14 @@ def _gradients(
     precision: torch.dtype,
     moved: Tensors,
     augment: Augmentation | None,
-    through: Tensors,
+    seen: Seen | None,
 ) -> Function:
     """Images and labels [members, batch, …] to the members' losses [members] and their gradients.
 
-    Images are augmented before, by the numbers drawn for each; a teacher then sees what the members see. through:
-    masks as numbers, that the forward pass is under, and that gradients pass as if they were not there.
+    Images are augmented before, by the numbers drawn for each; a teacher then sees what the members see. seen: what
+    the forward pass sees of the parameters.
     """
-    losses_of_batch = losses_of(population, splits, loss, precision, through)
+    losses_of_batch = losses_of(population, splits, loss, precision, seen)
 
     def gradients(images: Tensor, labels: Tensor, *more: Tensor) -> list[Tensor]:
         if augment is not None:
@@ -329,6 +333,12 @@ def _shrinking(shrink: Shrink | None, strength: Tensor | None, population: Popul
     return shrunk
 
 
+def _masked(parameters: Tensors, factors: Tensors) -> Tensors:
+    """Parameters under masks as numbers, which gradients pass as if they were not there."""
+    masked = {name: (parameters[name] * each).detach() for name, each in factors.items()}
+    return parameters | {name: each + (parameters[name] - parameters[name].detach()) for name, each in masked.items()}
+
+
 def augmented(augment: Augmentation, images: Tensor, drawn: Tensor) -> Tensor:
     """Images [members, batch, *shape] changed by numbers [members, batch, draws]; float, and as bright as before."""
     whole = 255.0 if images.dtype is torch.uint8 else 1.0
@@ -357,17 +367,13 @@ def _laid_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def losses_of(
-    population: Population, splits: Splits, loss: Loss, precision: torch.dtype, through: Tensors | None = None
+    population: Population, splits: Splits, loss: Loss, precision: torch.dtype, seen: Seen | None = None
 ) -> Function:
     """The members' losses [members], as a function of their buffers and a batch of raw images and labels.
 
-    Of a loss with a teacher it takes the teacher's outputs [members, batch, classes] too. through: as of `_gradients`.
+    Of a loss with a teacher it takes the teacher's outputs [members, batch, classes] too. seen: as of `_gradients`.
     """
     module, arrange, own = population.module, arrangement(population), population.parameters
-
-    def parameters_now() -> Tensors:
-        masked = {name: own[name] + (own[name] * each - own[name]).detach() for name, each in (through or {}).items()}
-        return own | masked
 
     def one(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor, named: Tensors) -> Tensor:
         found = outputs(module, parameters, buffers, images, precision).float()
@@ -375,7 +381,7 @@ def losses_of(
 
     mapped = over_members(one, population.num_members, (0,) * 5)
     return lambda buffers, images, labels, *taught: mapped(
-        parameters_now(),
+        own if seen is None else seen(own),
         buffers,
         arrange(splits.scale(images)),
         labels,

@@ -15,7 +15,7 @@ from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.nodes import Average
 from sparsity.population import Population, choose
-from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Penalty, Shrink, Step, cuda_devices, leaves
+from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Penalty, Seen, Shrink, Step, cuda_devices, leaves
 from sparsity.tensors import Tensors
 
 
@@ -155,6 +155,7 @@ def train(
     loss: Loss = CROSS_ENTROPY,
     penalty: Penalty | None = None,
     shrink: Shrink | None = None,
+    seen: Seen | None = None,
     select: bool = False,
     gradual: Gradual | Regrowth | None = None,
     adaptation: Adaptation | None = None,
@@ -163,7 +164,8 @@ def train(
 ) -> Trained:
     """Every member trained by loss + decay · penalty, or shrunk step by step; entries whose mask is 0 stay as they are.
 
-    generators: one a member, for the order of its images. select: measure test accuracy after every epoch too, and
+    generators: one a member, for the order of its images. seen: what the forward pass sees in place of the parameters,
+    which is what is measured and handed back. select: measure test accuracy after every epoch too, and
     keep the state whose validation accuracy is highest: the earliest of equals, the state before the first epoch
     among them. gradual: masks that change on the way; only states whose masks have come all the way are selected. stop:
     end after so many epochs of the whole schedule. Training ends early when every member has diverged.
@@ -173,7 +175,7 @@ def train(
     if isinstance(gradual, Gradual):
         check_gradual(loop, num_batches, gradual, stop=stop if select else None)
     population = leaves(population if gradual is None else _maskable(population, gradual.names))
-    how = {"precision": loop.precision, "way": loop.way, "augment": loop.augment}
+    how = {"precision": loop.precision, "way": loop.way, "augment": loop.augment, "seen": seen}
     how["straight_through"] = gradual is not None and gradual.straight_through
     step = Step(population, splits, penalty, loop.optimizer, loss=loss, shrink=shrink, **how)
     masking = _Masking(gradual, step, loop.epochs * num_batches)

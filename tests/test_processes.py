@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import psutil
 import pytest
@@ -83,8 +84,9 @@ def test_no_worker_outlives_its_sweep(name, how, tmp_path, request):
     needs(name)
     arguments = [*MLP, "-m", "schedule.pretrain.epochs=5000", "stages=[pretrain]", "seed=0,1,2", "store=null"]
     arguments += [f"hydra.sweep.dir={tmp_path}/sweep", f"hydra/launcher={name}", "hydra.launcher.n_jobs=2"]
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background does not hear Ctrl-C
     sweep = start("main.py", *arguments, "hydra.output_subdir=null", cwd=ROOT, stdout=subprocess.PIPE,
-                  start_new_session=True)  # fmt: skip
+                  start_new_session=True, preexec_fn=heard)  # fmt: skip
     request.addfinalizer(lambda: (sweep.poll() is None and sweep.kill(), sweep.communicate()))
     assert waits(lambda: len(list(tmp_path.glob("sweep/[01]/main.log"))) == 2, 120)
     time.sleep(1.5)

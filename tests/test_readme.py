@@ -50,6 +50,7 @@ def test_every_choice_is_in_the_table():
         "optimizer",
         "loss",
         "augment",
+        "quantize",
         "recipe",
         "search",
         "experiment",

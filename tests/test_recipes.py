@@ -60,11 +60,12 @@ def test_rounds_are_unrolled_and_named():
         ("adapted", "pretrain regularize prune finetune"),
         ("rigl", "prune train"),
         ("set", "prune train"),
+        ("quantized", "pretrain regularize prune finetune quantize"),
     ],
 )
 def test_the_recipes_that_ship(recipe, names):
     assert [stage.name for stage in read(f"recipe={recipe}", "rounds=2").recipe] == names.split()
-    assert recipe in choices("recipe") and len(choices("recipe")) == 9
+    assert recipe in choices("recipe") and len(choices("recipe")) == 10
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from sparsity.nodes import (
     Loss,
     Model,
     Optimizer,
+    Quantizer,
     Regularizer,
     Rule,
     StageSchedule,
@@ -98,6 +99,7 @@ class Run:
     augment: Augment
     average: Average
     optimizer: Optimizer
+    quantize: Quantizer
     stages: list[Any]  # as they are listed: names, and repeats of names
     recipe: list[Stage]  # the same in order, each with all that determines it
     rounds: Annotated[int, Range(1, 1000)]

@@ -17,6 +17,7 @@ from sparsity.nodes import TEACHER, sensitivity_range
 from sparsity.population import Population
 from sparsity.stages import Context
 from sparsity.stages.pruning import scored
+from sparsity.stages.quantizing import quantized_by
 from sparsity.stages.regularizing import penalty_of, shrink_of
 from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, thresholds_of
 from sparsity.stages.training import loss_of
@@ -115,6 +116,9 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
         ):
             numbers = {name: number[0] for name, number in shrink.numbers.items()}
             shrink.function(one, torch.tensor(0.0, device=population.device), **numbers)
+        if stage.quantizers:
+            here = replace(context, stage=stage.name, sources=stage.sources)
+            quantized_by(stage.quantizers, population, here)({**population.map(torch.Tensor.detach).parameters})
         if stage.rules:
             rule = rule_of(stage.rules, stage.sensitivities, population)
             scores = _scored(stage, rule, population, context)

@@ -104,6 +104,11 @@ class Planned:
         return self._each(nodes.Rule)
 
     @property
+    def quantizers(self) -> list[nodes.Quantizer] | None:
+        """By what the members' weights are put in few bits, if it does that."""
+        return self._each(nodes.Quantizer)
+
+    @property
     def sensitivities(self) -> list[float]:
         """The members' sensitivities; 0 where a budget will find them."""
         return [number or 0.0 for number in self.arguments.get("sensitivity") or [0.0] * len(self.stages)]

@@ -476,6 +476,7 @@ def _about(stage: Planned, note: Mapping[str, Any]) -> dict[str, Any]:
         "sensitivity": note.get("sensitivity", (stage.arguments.get("sensitivity") or [None])[0]),
         "budget": note.get("budget"),
         "decay": note.get("decay"),
+        "quantized": note.get("quantized"),
         "notes": note.get("said", []),
         "seconds": note["seconds"],
     }

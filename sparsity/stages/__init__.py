@@ -6,5 +6,6 @@ from sparsity.stages.context import PENALIZED as PENALIZED
 from sparsity.stages.context import SELECTED as SELECTED
 from sparsity.stages.context import Context as Context
 from sparsity.stages.pruning import prune as prune
+from sparsity.stages.quantizing import quantize as quantize
 from sparsity.stages.rewinding import rewind as rewind
 from sparsity.stages.training import train as train
