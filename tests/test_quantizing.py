@@ -59,8 +59,14 @@ def test_codes_are_those_of_k_means():
     nearest = (values[:, None] - centers).abs().argmin(1)
     assert torch.equal(centers[nearest].float(), shared(weight, codes, bits=3)[weight != 0])  # a fixed point
     even = torch.linspace(values.min(), values.max(), 7, dtype=values.dtype)
-    at_first = ((values[:, None] - even).abs().min(1).values ** 2).sum()
-    assert ((values - centers[nearest]) ** 2).sum() < at_first
+    from_even = ((values[:, None] - even).abs().min(1).values ** 2).sum()
+    assert ((values - centers[nearest]) ** 2).sum() < from_even
+
+
+def test_few_large_entries_leave_the_others_most_codes():
+    weight = torch.cat([torch.linspace(0.1, 1, 200), torch.tensor([50.0, 60.0])]).view(1, 1, 1, -1)
+    found = shared(weight, clusters(weight, bits=3, rounds=30), bits=3)
+    assert (found - weight).abs()[..., :200].max() < 0.25 and torch.equal(found[..., 200:], weight[..., 200:])
 
 
 def test_a_shared_value_moves_by_the_sum_of_the_gradients_of_its_entries():
