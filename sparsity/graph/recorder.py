@@ -47,11 +47,17 @@ if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_regist
 
 def record(module: nn.Module, images: Tensor) -> Units:
     """The units of a module in evaluation, from one pass over images [batch, *shape]; MACs are those of the batch."""
+    return recorded(module, images).units
+
+
+def recorded(module: nn.Module, images: Tensor) -> "Recorder":
+    """The same, with what each tensor of the pass is."""
     with torch.no_grad(), one_thread(), op_by_op():
         recorder = Recorder(module, images)
         with recorder:
             outputs = module.eval()(images)
-        return recorder.slots.units(outputs)
+        recorder.units = recorder.slots.units(outputs)
+        return recorder
 
 
 @contextlib.contextmanager
@@ -101,6 +107,7 @@ class Recorder(Watch):
     def __init__(self, module: nn.Module, images: Tensor):
         super().__init__()
         self.slots = Products(module, images)
+        self.units = Units.none()  # until the pass is over
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """What a function gives, once its results have their slots."""
