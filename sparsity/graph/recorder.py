@@ -63,17 +63,27 @@ def recorded(module: nn.Module, images: Tensor) -> "Recorder":
 @contextlib.contextmanager
 def op_by_op() -> Iterator[None]:
     """Attention and recurrent layers op by op: fused, each is one function that says nothing of what it does."""
-    fast, libraries = torch.backends.mha.get_fastpath_enabled(), (torch.backends.mkldnn, torch.backends.cudnn)
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
     before = [library.enabled for library in libraries]  # their flags() sets, and warns of, more than this
-    torch.backends.mha.set_fastpath_enabled(False)
     for library in libraries:
         library.enabled = False
+    try:
+        with attention_in_parts():
+            yield
+    finally:
+        for library, enabled in zip(libraries, before):
+            library.enabled = enabled
+
+
+@contextlib.contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Attention in evaluation as in training, so that gradients come back through it where members are mapped too."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for library, enabled in zip(libraries, before):
-            library.enabled = enabled
 
 
 def taken_apart(function: Any, args: Any, kwargs: Any) -> Any:
