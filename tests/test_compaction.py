@@ -7,17 +7,20 @@ import pytest
 import sample_networks
 import torch
 from conftest import context_of, slow
+from random_networks import network
 from torch import nn
 from torch.func import functional_call
 
 from sparsity import models
 from sparsity.compaction import Compacted, compact
+from sparsity.compaction.checking import responses, trouble
 from sparsity.data import Files, Images, Splits
 from sparsity.evaluation import evaluate
 from sparsity.graph import trace
 from sparsity.nodes import Call, StageSchedule
 from sparsity.population import PARTS, stack
 from sparsity.stages import training
+from sparsity.stages.holding import holding_zeros
 
 SIZE = 20  # of an image
 
@@ -216,6 +219,134 @@ def only(name, live, biases=()):
     for bias, entry in biases:
         masks[bias][0, entry] = True
     return replace(population, parameters={name: mask.double() for name, mask in masks.items()}, masks=masks)
+
+
+class Joined(nn.Module):
+    """A sum or a concatenation of two layers' channels."""
+
+    def __init__(self, width, how):
+        super().__init__()
+        self.how, self.one = how, nn.Conv2d(1, width, 3, padding=1)
+        self.two = nn.Conv2d(width if how == "sum" else 1, width, 3, padding=1)
+
+    def forward(self, images):
+        maps = self.one(images).relu()
+        if self.how == "sum":
+            return (maps + self.two(maps)).relu()
+        return torch.cat([maps, self.two(images)], 1).relu()
+
+
+class Attending(nn.Module):
+    """Heads of attention over rows of pixels, with dropout and a mask of their own, of one width each."""
+
+    def __init__(self, num_heads, dropout=0.0):
+        super().__init__()
+        self.into, self.attention = nn.Linear(SIZE, 8), nn.MultiheadAttention(8, 4, dropout, batch_first=True)
+        self.out = nn.Linear(8, 10)
+        if num_heads < 4:
+            self.attention.in_proj_weight = nn.Parameter(torch.zeros(6 * num_heads, 8))
+            self.attention.in_proj_bias = nn.Parameter(torch.zeros(6 * num_heads))
+            self.attention.out_proj.weight = nn.Parameter(torch.zeros(8, 2 * num_heads))
+
+    def forward(self, images):
+        rows = self.into(images.squeeze(1))
+        later = torch.ones(SIZE, SIZE, dtype=torch.bool, device=rows.device).triu(1)
+        return self.out(rows + self.attention(rows, rows, rows, need_weights=False, attn_mask=later)[0]).mean(1)
+
+
+class Padded(nn.Module):
+    def forward(self, maps):
+        return nn.functional.pad(maps, (1, 1, 1, 1))
+
+
+def tail(width, size=1):
+    return [nn.AdaptiveAvgPool2d(size), nn.Flatten(), nn.Linear(width * size * size, 10)]
+
+
+def first(width, **more):
+    return nn.Conv2d(1, width, 3, **more)
+
+
+REACH = {  # networks of so many units, of which every other one is dead
+    "normalised": lambda c: nn.Sequential(first(c, bias=False), nn.BatchNorm2d(c), nn.ReLU(), *tail(c, 2)),
+    "by instances": lambda c: nn.Sequential(first(c), nn.InstanceNorm2d(c, affine=True), nn.ReLU(), *tail(c)),
+    "by groups": lambda c: nn.Sequential(first(c), nn.GroupNorm(c, c), nn.GELU(), *tail(c)),
+    "depthwise": lambda c: nn.Sequential(first(c), nn.ReLU(), nn.Conv2d(c, c, 3, groups=c), nn.ReLU(), *tail(c)),
+    "grouped": lambda c: nn.Sequential(
+        first(c), nn.Conv2d(c, 2 * c, 3, groups=c), nn.ReLU(), nn.ConvTranspose2d(2 * c, c, 2, groups=c), *tail(c)
+    ),
+    "sum": lambda c: nn.Sequential(Joined(c, "sum"), *tail(c)),
+    "concatenation": lambda c: nn.Sequential(Joined(c, "cat"), *tail(2 * c)),
+    "slopes": lambda c: nn.Sequential(first(c), nn.PReLU(c), *tail(c)),
+    "dropout": lambda c: nn.Sequential(first(c), nn.Dropout(0.3), nn.Dropout2d(0.2), nn.ReLU(), *tail(c, 2)),
+    "padding": lambda c: nn.Sequential(first(c), nn.ReLU(), Padded(), nn.Conv2d(c, 4, 3), *tail(4)),
+    "heads": lambda c: Attending(c // 2),
+    "heads that drop out": lambda c: Attending(c // 2, 0.3),
+}  # fmt: skip
+
+
+def halved(module, odd=0):
+    """The module with every other unit at zero, in all that a unit has: two rows each of what lies in groups of 2."""
+    for name, parameter in module.named_parameters():
+        rows = parameter.data
+        if name.startswith("attention.in_proj"):  # heads of two rows
+            rows.view(3, 4, 2, -1)[:, odd::2] = 0
+        elif len(rows) == 16:
+            rows.view(8, 2, -1)[odd::2] = 0
+        elif len(rows) == 8 and not name.startswith(("into", "attention")):
+            rows[odd::2] = 0
+        else:
+            continue
+    return module
+
+
+@pytest.mark.parametrize("name", REACH)
+def test_what_is_dead_goes_as_far_as_units_reach(name):
+    torch.manual_seed(0)
+    data, number = splits(), 1 if "drop" in name or "heads" in name else 2  # torch maps no such
+    members = [halved(REACH[name](8).double(), odd) for odd in range(number)]  # other units of each member
+    population = stack(members)
+    units = trace(population.module, data.example()).units
+    compacted = compact(holding_zeros(population, units), data)
+    found = {name: len(each[0].flatten()) for name, each in compacted.population.parameters.items()}
+    assert found == {name: each.numel() for name, each in REACH[name](4).named_parameters()}
+    assert_same(compacted, data)
+    assert compacted.restore(compacted.population).module is population.module
+
+
+def test_units_that_the_module_holds_together_stay_and_others_go():
+    class HeldInPart(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.out = first(8), nn.Conv2d(8, 8, 1), nn.Linear(8, 10)
+
+        def forward(self, images):
+            maps = self.one(images).relu().reshape(-1, 8, 18 * 18).unflatten(2, (18, 18))
+            return self.out(self.two(maps).relu().mean((2, 3)))
+
+    torch.manual_seed(0)
+    compacted = compact(holding_zeros(stack([halved(HeldInPart().double())])), splits())
+    found = shapes(compacted.population)
+    assert found["one.weight"][0] == 8 and found["two.weight"] == (4, 8, 1, 1) and found["out.weight"] == (10, 4)
+    assert_same(compacted, splits())
+
+
+@pytest.mark.parametrize("first_seed", [0, *slow(*range(20, 320, 20))])
+def test_random_networks_train_as_they_would_whole(first_seed):
+    """On images that compaction did not compare them on."""
+    num_compacted = 0
+    for seed in range(first_seed, first_seed + 20):
+        module, image = network(seed)
+        torch.manual_seed(seed)
+        images = torch.randn(24, *image.shape[1:], dtype=torch.double)
+        part = Images(images, torch.zeros(len(images), dtype=torch.long))
+        data = Splits(part, None, part, 10)
+        compacted = compact(holding_zeros(stack([module]), trace(module, image).units), data)
+        if compacted.kept:
+            data, few = (replace(each, train=each.train.take(torch.arange(8, 24))) for each in (data, compacted.splits))
+            assert trouble(replace(compacted, splits=few), responses(compacted.full, data)) is None, seed
+            num_compacted += 1
+    assert num_compacted >= 5
 
 
 def test_what_is_dead_by_hand():

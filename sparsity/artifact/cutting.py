@@ -109,7 +109,7 @@ class _Cutter:
     def __init__(self, found: Tape, program: Program, kept: Tensor, speaks: Tensor, image: Tensor):
         self.tape, self.program, self.units = found, program, found.units
         self.kept, self.speaks, self.image = kept, speaks, image
-        self.links = {(link.name, link.axis): kept[link.units] for link in found.units.links}
+        self.links = found.units.along(kept)
         self.calls: list[Call] = []
         self.whole: list[Call] = []  # the same of the whole network
         self.tensors: Tensors = {}

@@ -47,27 +47,43 @@ if torch.ops.aten._scaled_dot_product_flash_attention_for_cpu not in flop_regist
 
 def record(module: nn.Module, images: Tensor) -> Units:
     """The units of a module in evaluation, from one pass over images [batch, *shape]; MACs are those of the batch."""
+    return recorded(module, images).units
+
+
+def recorded(module: nn.Module, images: Tensor) -> "Recorder":
+    """The same, with what each tensor of the pass is."""
     with torch.no_grad(), one_thread(), op_by_op():
         recorder = Recorder(module, images)
         with recorder:
             outputs = module.eval()(images)
-        return recorder.slots.units(outputs)
+        recorder.units = recorder.slots.units(outputs)
+        return recorder
 
 
 @contextlib.contextmanager
 def op_by_op() -> Iterator[None]:
     """Attention and recurrent layers op by op: fused, each is one function that says nothing of what it does."""
-    fast, libraries = torch.backends.mha.get_fastpath_enabled(), (torch.backends.mkldnn, torch.backends.cudnn)
+    libraries = (torch.backends.mkldnn, torch.backends.cudnn)
     before = [library.enabled for library in libraries]  # their flags() sets, and warns of, more than this
-    torch.backends.mha.set_fastpath_enabled(False)
     for library in libraries:
         library.enabled = False
+    try:
+        with attention_in_parts():
+            yield
+    finally:
+        for library, enabled in zip(libraries, before):
+            library.enabled = enabled
+
+
+@contextlib.contextmanager
+def attention_in_parts() -> Iterator[None]:
+    """Attention in evaluation as in training, so that gradients come back through it where members are mapped too."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        for library, enabled in zip(libraries, before):
-            library.enabled = enabled
 
 
 def taken_apart(function: Any, args: Any, kwargs: Any) -> Any:
@@ -101,6 +117,7 @@ class Recorder(Watch):
     def __init__(self, module: nn.Module, images: Tensor):
         super().__init__()
         self.slots = Products(module, images)
+        self.units = Units.none()  # until the pass is over
 
     def compute(self, function: Any, args: Any, kwargs: Any) -> Any:
         """What a function gives, once its results have their slots."""

@@ -347,15 +347,22 @@ class Units:
         nothing = torch.zeros(0, dtype=torch.long)
         return Units(torch.zeros(2, dtype=torch.long), [], [], [], nothing, nothing)
 
-    def kept(self, facts: Facts) -> Tensor:
+    def kept(self, facts: Facts, *, folds: bool = True) -> Tensor:
         """Which units cannot be cut out, given the parameters and buffers: bool [units], and True for number 0.
 
         A unit is kept if one of its slots is heard: it may be other than 0, and an output or a slot that is heard
         itself is made of it by a weight that is not 0. A constant, such as ReLU(bias), is not heard by a layer whose
-        bias can hold what it gives.
+        bias can hold what it gives. folds: whether biases are to hold constants; those that train are not.
         """
         with one_thread():
-            return self._kept(facts)
+            return self._kept(facts, folds)
+
+    def along(self, kept: Tensor) -> dict[tuple[str, int], Tensor]:
+        """What is kept along each axis of each tensor, where its entries are of units that may go.
+
+        kept: bool [..., units] → by name and axis, bool [..., entries along it].
+        """
+        return {(link.name, link.axis): kept[..., link.units] for link in self.links}
 
     def speaking(self, facts: Facts) -> Tensor:
         """Which slots may be other than 0."""
@@ -373,9 +380,9 @@ class Units:
             node.vary(varies, speaks, facts)
         return varies & speaks
 
-    def _kept(self, facts: Facts) -> Tensor:
+    def _kept(self, facts: Facts, folds: bool) -> Tensor:
         speaks = self.speaking(facts)
-        varies = self.varying(speaks, facts)
+        varies = self.varying(speaks, facts) if folds else speaks
         heard = torch.zeros_like(speaks)
         heard[self.heard] = True
         for node in reversed(self.nodes):

@@ -66,8 +66,6 @@ def train(
     a rule to leave what the budget allows.
     """
     held = holding(population, hold, context.graph.units)
-    kinds = {"penalty": penalty_of, "shrink": shrink_of} if penalty else {}
-    regularized = {name: of(penalty, population, context.graph.units) for name, of in kinds.items()}
     loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss, augment)
     loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
@@ -80,6 +78,8 @@ def train(
     is_alone = loop.elementwise and (not penalty or may_be_compacted(penalty[0]))
     is_compacted = hold == "zeros" and is_alone and changing is None and adapt is None and loop.augment is None
     small = (compact if is_compacted else whole)(held, context.splits)
+    kinds = {"penalty": penalty_of, "shrink": shrink_of} if penalty else {}
+    regularized = {name: of(penalty, small.population, context.graph.units) for name, of in kinds.items()}
     watcher = context.watch(context.stage, loop, len(context.splits.train))
     try:
         trained = run_loop(
