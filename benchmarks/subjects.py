@@ -17,7 +17,7 @@ from sparsity.schedules import learning_rate
 from sparsity.stages import Context
 from sparsity.stages.regularizing import total_penalty
 from sparsity.stages.training import way_of
-from sparsity.step import Penalty
+from sparsity.step import Form, Penalty
 from sparsity.training import Epoch, Loop, Watcher, train
 
 NETWORKS = ("lenet300", "lenet5")
@@ -94,8 +94,10 @@ def penalty(reg: str, members: Population, decay: float = DECAY) -> Penalty | No
         return None
     kinds = ("weight", "bias") if reg == "hs" else ("weight",)
     names = [name for name, layout in members.layouts.items() if layout.kind in kinds]
-    function = total_penalty(getattr(regularizers, reg), members.layouts, names)
-    return Penalty(function, torch.full((members.num_members,), decay, device=members.device), {})
+    function = getattr(regularizers, reg)
+    total = total_penalty(function, members.layouts, names)
+    decays = torch.full((members.num_members,), decay, device=members.device)
+    return Penalty(total, decays, {}, form=Form(function, names))
 
 
 def loop(way: Way, precision: str, epochs: int = WITHOUT_END, lr: float = 1e-3, shape: str = "constant") -> Loop:

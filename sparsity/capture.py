@@ -20,7 +20,7 @@ from sparsity.errors import reason
 log = logging.getLogger("sparsity")
 
 Function = Callable[..., Sequence[Tensor]]  # of tensors
-Way = Literal["eager", "recorded", "compiled"]
+Way = Literal["eager", "recorded", "compiled", "kernels"]  # kernels: without torch
 
 WARM_UP = 2  # calls before the recorded one: optimizers make their state in the first, libraries choose their kernels
 KNOWN = ("torch", "torchvision", "sparsity")  # whose modules take the same way through their code at every call

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from sparsity.data import Files, Images, Splits
 from sparsity.memory import free_bytes
 from sparsity.population import Population, over_members
-from sparsity.step import arrangement, outputs
+from sparsity.step import arrangement, convolves, outputs
 from sparsity.tensors import Tensors
 
 MOST = 500  # images: enough to fill the cores, few enough to stay in their caches
@@ -28,6 +28,9 @@ def evaluate(population: Population, data: Images | Files, splits: Splits, at_on
     def correct(parameters: Tensors, buffers: Tensors, images: Tensor, labels: Tensor) -> Tensor:
         return (outputs(module, parameters, buffers, images, torch.float32).argmax(1) == labels).sum()
 
+    members = range(population.num_members)
+    if len(members) > 1 and population.device.type == "cpu" and convolves(population):  # slower together
+        return [evaluate(population.member(member), data, splits, at_once)[0] for member in members]
     counted = over_members(correct, population.num_members, (0, 0, None, None))
     arrange = arrangement(population)
     total = torch.zeros(population.num_members, dtype=torch.long, device=population.device)

@@ -6,6 +6,7 @@ Masks are state of the step: they are changed in place, so that a step that was 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ from sparsity.tensors import Tensors
 
 
 @dataclass(frozen=True)
+class Form:
+    """A penalty in one expression: Σ function(view) over the parameters of these names."""
+
+    function: Callable[[Tensor], Tensor]
+    names: Sequence[str]
+
+
+@dataclass(frozen=True)
 class Penalty:
     """decay · penalty, to be added to the loss; what may differ between members is a tensor [members]."""
 
@@ -28,6 +37,7 @@ class Penalty:
     decay: Tensor
     numbers: Tensors
     rise: Tensor | None = None  # the share in [0, 1] of training over which the decay rises from 0; None: it is there
+    form: Form | None = None  # what the function computes, where one expression says it
 
     def decay_at(self, progress: float) -> Tensor:
         """The decay [members] after a share of training."""
@@ -60,11 +70,17 @@ Augmentation = Callable[[Tensor, Tensor], Tensor]
 Seen = Callable[[Tensors], Tensors]
 
 
-class Step:
-    """Remembers what it has recorded: takes the arguments of a batch, moves the parameters, gives [3, members].
+class Moment(NamedTuple):
+    """When a step is taken."""
 
-    The rows are mean loss, penalty, and what is minimised: loss + decay · penalty.
-    """
+    progress: float  # the share in [0, 1] of training that lies before it
+    rate: float  # the learning rate
+
+
+class Step:
+    """Remembers what it has recorded, and where the epoch is: takes steps, each of which moves the parameters."""
+
+    most = 1  # steps at a call
 
     def __init__(
         self,
@@ -123,6 +139,22 @@ class Step:
             self.taught = None if here else self.taught
         self.whole = _replayed(functions, way, population, self.optimizer)
 
+    def begin(self, order: Tensor, batch_size: int, drawn: Tensor | None = None) -> None:
+        """Begins an epoch, as of `batches`."""
+        self.waiting = self.batches(order, batch_size, drawn)
+
+    def advance(self, moments: Sequence[Moment]) -> Tensor:
+        """Takes one step a moment; gives their loss, penalty and loss + decay · penalty, each times its images.
+
+        [3, members], loss and penalty being means over a batch.
+        """
+        sums = torch.zeros(3, self.population.num_members, device=self.device)
+        for moment, batch in zip(moments, self.waiting):
+            self.rate = moment.rate
+            self.strengthen(*moment)
+            sums += self(*batch) * batch[-1].shape[1]
+        return sums
+
     def batches(self, order: Tensor, batch_size: int, drawn: Tensor | None = None) -> Iterator[tuple[Tensor, ...]]:
         """The arguments of every step of an epoch, in the members' orders [members, n].
 
@@ -142,7 +174,7 @@ class Step:
             start = end
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        """Takes the step on one batch."""
+        """Takes the step on one batch; loss, penalty and objective [3, members]."""
         return self.whole(*arguments)[0]
 
     @torch.no_grad()
@@ -215,9 +247,9 @@ def is_finite(population: Population, images: Tensor) -> bool:
     return all(bool(each.isfinite().all()) for each in (found, *slopes) if each is not None)
 
 
-def leaves(population: Population) -> Population:
+def leaves(population: Population, *, contiguous: bool = False) -> Population:
     """A copy whose parameters are leaves, as they are best laid out; those that are not frozen record gradients."""
-    arrange = arrangement(population)
+    arrange = Tensor.contiguous if contiguous else arrangement(population)
     population = population.clone()
     population = replace(population, parameters={name: arrange(p) for name, p in population.parameters.items()})
     for parameter in population.trainable.values():
@@ -272,7 +304,7 @@ def _penalised(population: Population, penalty: Penalty | None, moved: Tensors, 
 
     factors: masks as numbers, for gradients to be multiplied by.
     """
-    penalties_of, touched = _penalties(population, penalty), {}
+    penalties_of, touched = penalties(population, penalty), {}
     if penalty is not None:
         touched = _reached(penalties_of().sum(), moved)
 
@@ -280,11 +312,11 @@ def _penalised(population: Population, penalty: Penalty | None, moved: Tensors, 
         found, rows = dict(zip(moved, gradients)), [losses, torch.zeros_like(losses), losses]
         if penalty is not None:
             with torch.enable_grad():
-                penalties = penalties_of()
-                weighted = penalty.decay * penalties
+                values = penalties_of()
+                weighted = penalty.decay * values
                 own = torch.autograd.grad(weighted.sum(), list(touched.values())) if touched else ()
             found |= {name: found[name] + gradient for name, gradient in zip(touched, own)}
-            rows = [losses, penalties.detach(), losses + weighted.detach()]
+            rows = [losses, values.detach(), losses + weighted.detach()]
         held = (found[name] * factors[name] if name in factors else found[name] for name in moved)
         return [torch.stack(rows), *held]
 
@@ -391,12 +423,12 @@ def losses_of(
 
 def weighted(population: Population, penalty: Penalty | None) -> Tensor:
     """decay · penalty of all members [members], at the parameters that there are."""
-    penalties = _penalties(population, penalty)()
-    return penalties if penalty is None else penalty.decay * penalties
+    found = penalties(population, penalty)()
+    return found if penalty is None else penalty.decay * found
 
 
-def _penalties(population: Population, penalty: Penalty | None) -> Function:
-    """The members' penalties [members]."""
+def penalties(population: Population, penalty: Penalty | None) -> Function:
+    """The members' penalties [members], at the parameters that there are when it is called."""
     if penalty is None:
         return lambda: torch.zeros(population.num_members, device=population.device)
     one = over_members(lambda tensors, numbers: penalty.function(tensors, **numbers), population.num_members, (0, 0))
@@ -420,7 +452,7 @@ def _moved(
     buffers = {name: buffer.clone() for name, buffer in population.buffers.items()}
     with torch.random.fork_rng(devices=cuda_devices(population)):
         losses = losses_of(population, splits, loss, precision)(buffers, images, labels, *taught)
-        return _reached((losses + _penalties(population, penalty)()).sum(), population.trainable)
+        return _reached((losses + penalties(population, penalty)()).sum(), population.trainable)
 
 
 def _repeated(first: Tensor, count: int) -> Tensor:

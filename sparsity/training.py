@@ -13,9 +13,10 @@ from sparsity.capture import Way
 from sparsity.data import Splits, count_batches
 from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
+from sparsity.kernels import Kernels, KernelStep
 from sparsity.nodes import Average
 from sparsity.population import Population, choose
-from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Penalty, Seen, Shrink, Step, cuda_devices, leaves
+from sparsity.step import CROSS_ENTROPY, Augmentation, Loss, Moment, Penalty, Seen, Shrink, Step, cuda_devices, leaves
 from sparsity.tensors import Tensors
 
 
@@ -34,6 +35,7 @@ class Loop:
     draws: int = 0  # numbers that are drawn for each image of an epoch, to augment it by
     average: Average | None = None  # measured and handed back in place of the last weights
     image_bytes: int = 0  # what evaluating one image of one member takes; 0: no bound
+    kernels: Kernels | None = None  # of the network, where steps are computed by them
 
 
 @dataclass(frozen=True)
@@ -174,10 +176,16 @@ def train(
     check_stop(loop, stop)
     if isinstance(gradual, Gradual):
         check_gradual(loop, num_batches, gradual, stop=stop if select else None)
-    population = leaves(population if gradual is None else _maskable(population, gradual.names))
+    population = population if gradual is None else _maskable(population, gradual.names)
+    population = leaves(population, contiguous=loop.kernels is not None)
     how = {"precision": loop.precision, "way": loop.way, "augment": loop.augment, "seen": seen}
     how["straight_through"] = gradual is not None and gradual.straight_through
-    step = Step(population, splits, penalty, loop.optimizer, loss=loss, shrink=shrink, **how)
+    if loop.kernels is not None:
+        step: Step | KernelStep = KernelStep(
+            population, splits, penalty, loop.optimizer, loop.kernels.chain, loop.kernels.library
+        )
+    else:
+        step = Step(population, splits, penalty, loop.optimizer, loss=loss, shrink=shrink, **how)
     masking = _Masking(gradual, step, loop.epochs * num_batches)
     masking.after(0)
     averaging = _Averaging(loop, population, loop.epochs * num_batches)
@@ -232,6 +240,9 @@ def _maskable(population: Population, names: Collection[str]) -> Population:
     return replace(population, masks=ones | population.masks)
 
 
+QUIET = 2**60  # steps: more than any training has
+
+
 class _Masking:
     """Remembers how far masks have come, and changes them when it is time."""
 
@@ -240,6 +251,10 @@ class _Masking:
         self.shares = {} if gradual is None else gradual.shares(num_steps)
         self.earlier = {} if gradual is None else {name: mask.clone() for name, mask in step.population.masks.items()}
         self.is_final = gradual is None or gradual.regrows
+
+    def quiet_after(self, num_done: int) -> int:
+        """How many steps after so many the next change comes; many where none does."""
+        return next((step - num_done for step in self.shares if step > num_done), QUIET)
 
     def after(self, num_done: int) -> None:
         """Changes the masks where they are to change after so many steps."""
@@ -265,6 +280,10 @@ class _Adapting:
             step.scale = torch.ones(step.population.num_members, device=step.device)
             self.last = self._seen(0)
 
+    def quiet_after(self, num_done: int) -> int:
+        """How many steps after so many it looks next."""
+        return QUIET if self.adaptation is None else self.adaptation.every - num_done % self.adaptation.every
+
     def after(self, num_done: int) -> None:
         """Changes the decays where it is time to look."""
         if self.adaptation is None or num_done % self.adaptation.every:
@@ -288,10 +307,19 @@ class _Averaging:
         self.start = round(self.average.start * num_steps) if self.average else num_steps
         self.kept: Population | None = None
 
-    def after_step(self) -> None:
-        """Takes the weights after a step into the average, if it forgets by steps and has begun."""
-        self.num_done += 1
-        if self.average is not None and self.average.kind == "ema" and self.num_done > self.start:
+    @property
+    def takes_steps(self) -> bool:
+        """Whether it forgets by steps."""
+        return self.average is not None and self.average.kind == "ema"
+
+    def quiet_after(self, num_done: int) -> int:
+        """How many steps after so many it takes the weights next."""
+        return max(1, self.start - num_done + 1) if self.takes_steps else QUIET
+
+    def after(self, num_done: int) -> None:
+        """Takes the weights after so many steps into the average, if it forgets by steps and has begun."""
+        self.num_done = num_done
+        if self.takes_steps and num_done > self.start:
             self._take(1 - self.average.decay)
 
     def after_epoch(self) -> Population:
@@ -337,16 +365,19 @@ def _run_epoch(
     order = torch.stack([torch.randperm(num_images, generator=generator) for generator in generators])
     sums = torch.zeros(3, population.num_members, device=population.device)
     num_batches = count_batches(num_images, loop.batch_size)
-    drawn = _drawn(generators, num_images, loop.draws) if loop.augment else None
-    for index, batch in enumerate(step.batches(order, loop.batch_size, drawn)):
-        progress = (epoch - 1 + index / num_batches) / loop.epochs
-        step.rate = rate = loop.learning_rate(progress)
-        step.strengthen(progress, rate)
-        sums += step(*batch) * batch[-1].shape[1]
-        masking.after((epoch - 1) * num_batches + index + 1)
-        adapting.after((epoch - 1) * num_batches + index + 1)
-        averaging.after_step()
-        watcher.batch()
+    step.begin(order, loop.batch_size, _drawn(generators, num_images, loop.draws) if loop.augment else None)
+    first, done = (epoch - 1) * num_batches, 0
+    while done < num_batches:
+        quiet = (each.quiet_after(first + done) for each in (masking, adapting, averaging))
+        count = min(step.most, num_batches - done, *quiet)
+        shares = [(epoch - 1 + index / num_batches) / loop.epochs for index in range(done, done + count)]
+        sums += step.advance([Moment(progress, loop.learning_rate(progress)) for progress in shares])
+        done += count
+        masking.after(first + done)
+        adapting.after(first + done)
+        averaging.after(first + done)
+        for _ in range(count):
+            watcher.batch()
     return sums / num_images
 
 

@@ -27,7 +27,7 @@ LEVELS = [
     },
     {"population", "weights", "teachers"},
     {"step", "artifact"},
-    {"evaluation", "csr"},
+    {"evaluation", "csr", "kernels"},
     {"training", "accounting", "compaction"},
     {"budgets"},
     {"stages", "config", "results", "console", "store", "tracking", "exports"},

@@ -363,9 +363,9 @@ def test_the_mean_is_that_of_the_weights_after_each_of_the_last_epochs():
 def test_an_average_that_forgets_is_moved_at_every_step(monkeypatch):
     seen, run = [], training._run_epoch
     monkeypatch.setattr(
-        training._Averaging, "after_step",
-        lambda self, plain=training._Averaging.after_step: (
-            seen.append({name: p.detach().clone() for name, p in self.population.parameters.items()}), plain(self)
+        training._Averaging, "after",
+        lambda self, done, plain=training._Averaging.after: (
+            seen.append({name: p.detach().clone() for name, p in self.population.parameters.items()}), plain(self, done)
         ),
     )  # fmt: skip
     found = averaged("ema", decay=0.7, epochs=2).last

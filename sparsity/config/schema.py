@@ -109,7 +109,7 @@ class Run:
     device: str
     precision: Literal["auto", "float32", "bfloat16"]
     threads: Annotated[int, Range(1, 1024)] | None
-    step: Literal["auto", "eager", "recorded", "compiled"]
+    step: Literal["auto", "eager", "recorded", "compiled", "kernels"]
     sensitivity: float | None
     budget: Budget
     track: Tracks

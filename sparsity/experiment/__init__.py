@@ -304,6 +304,7 @@ def _record(
         seeds=[run.seed for run in runs],
         graph=trace(population.module, splits.example()),
         precision=PRECISIONS[precision_of(first, device)],
+        precision_is_asked=first.precision != "auto",
         step=first.step,
         model=first.model.factory.target,
         image_bytes=image_bytes(population, splits),

@@ -12,6 +12,7 @@ from sparsity.errors import StageError
 from sparsity.nodes import EACH, STATE, Regularizer, StageSchedule
 from sparsity.population import Population
 from sparsity.stages.context import Context, Outcome
+from sparsity.stages.holding import holding
 from sparsity.stages.training import loop_of
 from sparsity.training import Loop
 
@@ -125,7 +126,9 @@ class Planned:
         if self.schedule is None or not {"batch_size", "optimizer"} <= given.keys():
             return None
         numbers = given["batch_size"], given["optimizer"], self.regularizers, self.losses, given.get("augment")
-        return loop_of(population, context, self.schedule, *numbers)
+        held = holding(population, given.get("hold", "masks"), context.graph.units)
+        as_it_is = not given.get("straight_through", False) and self.quantizers is None
+        return loop_of(held, context, self.schedule, *numbers, as_it_is=as_it_is)
 
 
 def planned(runs: Sequence[Run]) -> list[Planned]:

@@ -117,8 +117,8 @@ def _seen(function: Any, args: Any, kwargs: Any, result: Any, value_of: Callable
     )
 
 
-def tape(module: nn.Module, image: Tensor) -> Tape:
-    """The functions that a module in evaluation computes of images like one, [1, *shape].
+def tape(module: nn.Module, image: Tensor, *, training: bool = False) -> Tape:
+    """The functions that a module in evaluation, or in training, computes of images like one, [1, *shape].
 
     Two passes, over two images and over three, tell which sizes go with the batch. Raises UnrecordableError where what
     is computed depends on the batch otherwise, draws random numbers, or changes a tensor that is read under another
@@ -126,7 +126,7 @@ def tape(module: nn.Module, image: Tensor) -> Tape:
     """
     images, others = (image.expand(count, *image.shape[1:]).clone() for count in (BATCH, OTHER_BATCH))
     with torch.no_grad(), one_thread(), op_by_op():
-        first = _WatchUnits(module.eval(), images)
+        first = _WatchUnits(module.train(training), images)
         with first:
             output = module(images)
         second = _Watch()

@@ -24,7 +24,8 @@ class Context:
     graph: Graph
     stage: str = ""  # its name: what members draw in it is unlike what they draw in others
     precision: torch.dtype = torch.float32
-    step: Literal["auto", "eager", "recorded", "compiled"] = "eager"
+    precision_is_asked: bool = False  # not chosen here, as what is fastest
+    step: Literal["auto", "eager", "recorded", "compiled", "kernels"] = "eager"
     model: str = ""  # the name of its function
     image_bytes: int = 0  # what evaluating one image of one member takes; 0: no bound
     watch: Callable[[str, Loop, int], Watcher] = lambda stage, loop, num_images: Watcher()

@@ -35,7 +35,7 @@ def quantize(
     counts, and is all that there is of a schedule of 0 epochs.
     """
     held = holding(population, "zeros", context.graph.units)
-    loop = loop_of(held, context, schedule, batch_size, optimizer, losses=loss, augment=augment)
+    loop = loop_of(held, context, schedule, batch_size, optimizer, losses=loss, augment=augment, as_it_is=False)
     watcher = context.watch(context.stage, loop, len(context.splits.train))
     try:
         trained = train(

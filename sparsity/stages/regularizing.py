@@ -18,7 +18,7 @@ from sparsity.pruning import unit
 from sparsity.pruning.unit import Groups
 from sparsity.regularizers import scaling, times
 from sparsity.stages.rules import coupling_of, is_coupled, method_of
-from sparsity.step import Penalty, Shrink
+from sparsity.step import Form, Penalty, Shrink
 from sparsity.tensors import Layout, Tensors, from_view, to_view
 
 
@@ -46,7 +46,9 @@ def penalty_of(nodes: Sequence[Regularizer], population: Population, units: Unit
     in_one = IN_ONE.get((first.penalty.function, first.unit and first.unit.function.function))
     groupings = [] if in_one else _groupings(first, names, population, units)
     function = total_penalty(in_one or method.function, population.layouts, names, groupings)
-    return Penalty(function, _decay(nodes, device), method.numbers, _rise(nodes, device))
+    has_form = not groupings and not first.penalty.numbers
+    form = Form(in_one or first.penalty.function, names) if has_form else None
+    return Penalty(function, _decay(nodes, device), method.numbers, _rise(nodes, device), form)
 
 
 def shrink_of(nodes: Sequence[Regularizer], population: Population, units: Units | None = None) -> Shrink | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from sparsity.capture import Way, is_known
 from sparsity.compaction import compact, whole
 from sparsity.data import count_batches
 from sparsity.errors import ConfigError, reason
+from sparsity.kernels import Kernels, UnsupportedError, kernels_of
 from sparsity.kinds import PositiveCount
 from sparsity.limits import Budget
+from sparsity.losses import cross_entropy
 from sparsity.nodes import Call, Curve, Each, Optimizer, Regularizer, StageSchedule
 from sparsity.population import Population
 from sparsity.schedules import CURVES, learning_rate
@@ -66,7 +69,9 @@ def train(
     a rule to leave what the budget allows.
     """
     held = holding(population, hold, context.graph.units)
-    loop = loop_of(population, context, schedule, batch_size, optimizer, penalty, loss, augment)
+    loop = loop_of(
+        held, context, schedule, batch_size, optimizer, penalty, loss, augment, as_it_is=not straight_through
+    )
     loop = replace(loop, average=average)
     num_batches = count_batches(len(context.splits.train), batch_size)
     minimised = loss_of(loss, population.device, context.teachers)
@@ -77,6 +82,7 @@ def train(
         changing = regrowth_of(regrow, held, context, loop, minimised) if regrow else None
     is_alone = loop.elementwise and (not penalty or may_be_compacted(penalty[0]))
     is_compacted = hold == "zeros" and is_alone and changing is None and adapt is None and loop.augment is None
+    is_compacted &= loop.kernels is None  # which leave out what is masked
     small = (compact if is_compacted else whole)(held, context.splits)
     kinds = {"penalty": penalty_of, "shrink": shrink_of} if penalty else {}
     regularized = {name: of(penalty, small.population, context.graph.units) for name, of in kinds.items()}
@@ -151,8 +157,12 @@ def loop_of(
     penalty: Sequence[Regularizer] | None = None,
     losses: Sequence[nodes.Loss] | None = None,
     augment: nodes.Augment | None = None,
+    as_it_is: bool = True,
 ) -> Loop:
-    """The loop of a stage; refuses an optimizer that refuses its settings."""
+    """The loop of a stage; refuses an optimizer that refuses its settings.
+
+    as_it_is: whether the forward pass sees the parameters as they are.
+    """
     added = [each.method.target for each in (penalty or [])[:1] if each.method is not None]
     changing = None if augment is None else augment.function
     if changing is not None:
@@ -165,18 +175,58 @@ def loop_of(
     made = partial(_optimizer, optimizer, schedule.lr, schedule.weight_decay)
     tried = _tried(made, context)
     num_steps = schedule.epochs * count_batches(len(context.splits.train), batch_size)
+    how = {
+        "loss": losses[0].function.function if losses else cross_entropy,
+        "augments": changing is not None,
+        "shrinks": any(each.shrink is not None for each in penalty or []),
+        "straight_through": not as_it_is,
+    }
+    kernels = _kernels(context, population, tried, num_steps, how)
+    way = way_of(context, population, num_steps, targets, bool(added))
     return Loop(
         epochs=schedule.epochs,
         batch_size=batch_size,
         learning_rate=partial(learning_rate, lr=schedule.lr, shape=schedule.shape, warmup=schedule.warmup),
         optimizer=made,
         precision=context.precision,
-        way=way_of(context, population, num_steps, targets, bool(added)),
+        way="kernels" if kernels is not None else way,
         elementwise=is_elementwise(tried),
         augment=changing and changing.partial(),
         draws=augment.draws if changing is not None else 0,
         image_bytes=context.image_bytes,
+        kernels=kernels,
     )
+
+
+def _kernels(
+    context: Context, population: Population, optimizer: torch.optim.Optimizer, num_steps: int, how: dict[str, Any]
+) -> Kernels | None:
+    """The kernels that a stage's steps are computed by; refuses `kernels` where there are none for it."""
+    if context.step not in ("auto", "kernels"):
+        return None
+    is_asked = context.step == "kernels"
+    is_low = context.precision_is_asked and context.precision is not torch.float32
+    if not is_asked and (is_low or not _pays(population)):
+        return None
+    try:
+        if is_low:
+            raise UnsupportedError("they compute in float32, and precision is another")
+        return kernels_of(
+            population, context.splits, optimizer, may_build=is_asked or num_steps >= WORTH_BUILDING, **how
+        )
+    except UnsupportedError as error:
+        if is_asked:
+            raise ConfigError(f"step=kernels: there are none, as {error}: take step=auto") from error
+        return None
+
+
+def _pays(population: Population) -> bool:
+    """Whether kernels are known to be faster than torch: of what masks have left, or of no convolution."""
+    weights = [name for name, layout in population.layouts.items() if layout.kind == "weight"]
+    sizes = {name: population.parameters[name].numel() for name in weights}
+    left = sum(int(population.masks[name].sum()) if name in population.masks else sizes[name] for name in weights)
+    most = SPARSE * sum(sizes.values()) if convolves(population) else MOST_DENSE * population.num_members
+    return left <= most
 
 
 def _optimizer(optimizer: Call, lr: float, weight_decay: float, tensors: list[Tensor]) -> torch.optim.Optimizer:
@@ -207,7 +257,7 @@ def way_of(context: Context, population: Population, num_steps: int, targets: Se
     device = population.device.type
     if context.step == "compiled" and device != "cpu":
         raise ConfigError(f"step=compiled is for a CPU, and the device is {device}: take step=recorded, a CUDA graph")
-    if context.step != "auto":
+    if context.step not in ("auto", "kernels"):
         return context.step
     if num_steps < WORTH_RECORDING or not is_known(population.module, *targets) or device not in ("cpu", "cuda"):
         return "eager"
@@ -219,3 +269,6 @@ def way_of(context: Context, population: Population, num_steps: int, targets: Se
 # Steps of a stage. Recording takes 0.3 s and gains 0.5 ms a step on LeNet-300-100 with HS; compiling gains 0.7 ms more
 # and takes 2 s, or once 11 s on a machine that has not compiled the network before.
 WORTH_RECORDING, WORTH_COMPILING = 1_000, 8_000
+WORTH_BUILDING = 2_000  # steps: a library takes 4 s, and gains 2 ms a step on LeNet-300-100 with HS
+SPARSE = 0.1  # of a network with convolutions: the share of the weights, below which kernels are faster than torch
+MOST_DENSE = 1_500_000  # weights of one without, which stay in a processor's caches

@@ -46,8 +46,10 @@ def our_code(left_out: Collection[str] = ()) -> dict[str, str]:
 @functools.cache
 def _our_files() -> dict[str, str]:
     root = Path(__file__).parent.parent
-    files = sorted(path for path in root.rglob("*.py") if "conf" not in path.relative_to(root).parts)
-    return {".".join(path.relative_to(root).with_suffix("").parts): _hash(path.read_bytes()) for path in files}
+    files = [path for path in root.rglob("*.py") if "conf" not in path.relative_to(root).parts]
+    found = {".".join(path.relative_to(root).with_suffix("").parts): path for path in sorted(files)}
+    found |= {".".join(path.relative_to(root).parts): path for path in sorted(root.rglob("*.hpp"))}
+    return {name: _hash(path.read_bytes()) for name, path in found.items()}
 
 
 def code_of(target: str, function: Any) -> dict[str, str]:

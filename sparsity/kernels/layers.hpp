@@ -1,0 +1,523 @@
+// Layers: forward and backward on groups of images, and the step of their parameters.
+//
+// What a layer takes and gives lies as [vector of images][unit][lane]: the batch is the vector axis of every operation.
+#pragma once
+
+#include <bit>
+#include <type_traits>
+
+#include "parameters.hpp"
+
+namespace kernels {
+
+// Which vectors of images a thread computes.
+struct Range {
+  int begin, end;
+};
+
+// Calls function<N>(first) for pieces of a count: of MOST each, and one of what is left.
+template <int COUNT, int MOST, class Function>
+inline void in_pieces(Function function) {
+  for (int first = 0; first + MOST <= COUNT; first += MOST) function(std::integral_constant<int, MOST>(), first);
+  if constexpr (COUNT % MOST != 0) function(std::integral_constant<int, COUNT % MOST>(), COUNT / MOST * MOST);
+}
+
+// The same for a range that is known at run time.
+template <int MOST, class Function>
+inline void in_pieces_of(Range range, Function function) {
+  int first = range.begin;
+  for (; first + MOST <= range.end; first += MOST) function(std::integral_constant<int, MOST>(), first);
+  if constexpr (MOST > 1) in_pieces_of<MOST - 1>({first, range.end}, function);
+}
+
+// sums[r][v] += Σ w[r * row + k * column] * x[v * x_block + k], k < count; the sums lie in y.
+template <int R, int V>
+inline void multiply(const float* w, int64_t row, int64_t column, int count, const float* x, int64_t x_block, float* y,
+                     int64_t y_block) {
+  Vec sums[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sums[r][v] = load(y + v * y_block + r * LANES);
+  for (int k = 0; k < count; k++) {
+    Vec in[V];
+    for (int v = 0; v < V; v++) in[v] = load(x + v * x_block + k * LANES);
+    for (int r = 0; r < R; r++) {
+      const float each = w[r * row + k * column];
+      for (int v = 0; v < V; v++) sums[r][v] += each * in[v];
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(y + v * y_block + r * LANES, sums[r][v]);
+}
+
+// y[o] += Σ w[o * row + i * column] * x[i] of whole vectors, blocks of inputs staying in the fastest cache.
+template <int OUT, int IN>
+inline void product(const float* w, int64_t row, int64_t column, const float* x, float* y, Range range) {
+  constexpr int BLOCK = 64;
+  in_pieces_of<WIDEST>(range, [&](auto width, int v) {
+    constexpr int V = width, R = std::min(SUMS / V, OUT);
+    for (int i = 0; i < IN; i += BLOCK)
+      in_pieces<OUT, R>([&](auto tile, int o) {
+        multiply<tile, V>(w + o * row + i * column, row, column, std::min(BLOCK, IN - i), x + (int64_t(v) * IN + i) * LANES,
+                          int64_t(IN) * LANES, y + (int64_t(v) * OUT + o) * LANES, int64_t(OUT) * LANES);
+      });
+  });
+}
+
+inline void fill_rows(float* y, const float* bias, int count) {
+  for (int o = 0; o < count; o++) store(y + o * LANES, all(bias ? bias[o] : 0.f));
+}
+
+// The bias of a layer, of which every output has so many positions.
+template <int OUT, int POSITIONS>
+class Bias {
+ public:
+  Parameter parameter{OUT};
+
+  // Moves it by the gradients of the outputs: the last thread does, as the rows before are cut so that it has least.
+  void update(const float* dy, int vectors, int64_t step, Share share, const Rule& rule) {
+    const Slope slope = parameter.slope(step, share, rule);
+    if (share.thread == 0) value = slope.value;
+    if (share.thread != share.threads - 1) return;
+    float* gradient = parameter.gradient(share);
+    for (int o = 0; o < OUT; o++) {
+      Vec total{};
+      for (int v = 0; v < vectors; v++)
+        for (int p = 0; p < POSITIONS; p++) total += load(dy + ((int64_t(v) * OUT + o) * POSITIONS + p) * LANES);
+      gradient[o] = sum(total);
+    }
+    parameter.move_row(step, rule, slope, 0, gradient);
+  }
+
+  double value = 0;  // the penalty
+};
+
+template <int IN, int OUT, bool HAS_BIAS = true>
+class Linear {
+ public:
+  static constexpr int INPUTS = IN, OUTPUTS = OUT, PARAMETERS = 1 + HAS_BIAS;
+  static constexpr bool IN_PLACE = false;
+
+  Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
+  double value() const { return penalty + bias.value; }
+  int64_t products() const { return weight.left(); }
+
+  void resize(int vectors) { turned.resize(int64_t(vectors) * LANES * WIDTH); }
+
+  void forward(const float* x, float* y, Range range) {
+    for (int v = range.begin; v < range.end; v++) fill_rows(y + int64_t(v) * OUT * LANES, HAS_BIAS ? bias.parameter.row(0) : nullptr, OUT);
+    if (weight.is_listed()) return forward_list(x, y, range);
+    product<OUT, IN>(weight.row(0), IN, 1, x, y, range);
+    for (int v = range.begin; v < range.end; v++) turn_images(x + int64_t(v) * IN * LANES, &turned[int64_t(v) * LANES * WIDTH]);
+  }
+
+  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+    std::memset(dx + int64_t(range.begin) * IN * LANES, 0, int64_t(range.end - range.begin) * IN * LANES * sizeof(float));
+    if (!weight.is_listed()) return product<IN, OUT>(weight.row(0), 1, IN, dy, dx, range);
+    in_pieces_of<8>(range, [&](auto width, int v) {
+      constexpr int V = width;
+      for (int i = 0; i < IN; i++) {
+        const int begin = weight.input_starts[i], end = weight.input_starts[i + 1];
+        if (begin == end) continue;
+        Vec sums[V] = {};
+        for (int q = begin; q < end; q++) {
+          const int e = weight.by_input[q];
+          const float* from = dy + (int64_t(v) * OUT + weight.outputs[e]) * LANES;
+          for (int k = 0; k < V; k++) sums[k] += weight.values[e] * load(from + int64_t(k) * OUT * LANES);
+        }
+        for (int k = 0; k < V; k++) store(dx + (int64_t(v + k) * IN + i) * LANES, sums[k]);
+      }
+    });
+  }
+
+  void update(const float* x, const float* dy, int images, int vectors, int64_t step, Share share, const Rule& rule) {
+    const Slope slope = weight.slope(step, share, rule);
+    if (share.thread == 0) penalty = slope.value;
+    if (HAS_BIAS) bias.update(dy, vectors, step, share, rule);
+    if (weight.is_listed()) return update_list(x, dy, vectors, step, share, rule, slope);
+    constexpr int R = 4;
+    Array<float>& rows = scratch[share.thread];
+    const int last = weight.last_row(share);
+    for (int o = weight.first_row(share); o < last; o += R) {
+      const int count = std::min(R, last - o);
+      if (count == R) gradients<R>(dy, o, images, rows.get());
+      else for (int r = 0; r < count; r++) gradients<1>(dy, o + r, images, rows.get() + r * WIDTH);
+      for (int r = 0; r < count; r++) weight.move_row(step, rule, slope, o + r, rows.get() + r * WIDTH);
+    }
+  }
+
+  void begin(int threads) {
+    scratch.resize(threads);
+    for (auto& each : scratch) each.resize(4 * WIDTH);
+  }
+
+ private:
+  static constexpr int WIDTH = up_to(IN, LANES);
+
+  void forward_list(const float* x, float* y, Range range) {
+    in_pieces_of<8>(range, [&](auto width, int v) {
+      constexpr int V = width;
+      for (int o = 0; o < OUT; o++) {
+        Vec sums[V];
+        for (int k = 0; k < V; k++) sums[k] = load(y + (int64_t(v + k) * OUT + o) * LANES);
+        for (int e = weight.starts[o]; e < weight.starts[o + 1]; e++) {
+          const float* from = x + (int64_t(v) * IN + weight.inputs[e]) * LANES;
+          for (int k = 0; k < V; k++) sums[k] += weight.values[e] * load(from + int64_t(k) * IN * LANES);
+        }
+        for (int k = 0; k < V; k++) store(y + (int64_t(v + k) * OUT + o) * LANES, sums[k]);
+      }
+    });
+  }
+
+  void update_list(const float* x, const float* dy, int vectors, int64_t step, Share share, const Rule& rule, const Slope& slope) {
+    float* gradient = weight.gradient(share);
+    const int last = weight.starts[weight.last_row(share)];
+    for (int begin = weight.starts[weight.first_row(share)]; begin < last; begin += CHUNK) {
+      const int end = std::min(last, begin + CHUNK);
+      for (int e = begin; e < end; e++) {
+        const float *one = dy + weight.outputs[e] * LANES, *other = x + weight.inputs[e] * LANES;
+        Vec sums[2] = {};
+        for (int v = 0; v < vectors; v++) sums[v % 2] += load(one + int64_t(v) * OUT * LANES) * load(other + int64_t(v) * IN * LANES);
+        gradient[e - begin] = sum(sums[0] + sums[1]);
+      }
+      weight.move_list(step, rule, slope, begin, end, gradient);
+    }
+  }
+
+  // [input][lane] to [image][input].
+  static void turn_images(const float* x, float* to) {
+    for (int i = 0; i < IN; i += LANES) {
+      Vec rows[LANES];
+      for (int k = 0; k < LANES; k++) rows[k] = i + k < IN ? load(x + (i + k) * LANES) : Vec{};
+      turn<Vec, LANES>(rows);
+      for (int k = 0; k < LANES; k++) store(to + k * WIDTH + i, rows[k]);
+    }
+  }
+
+  // gradients[r][i] = Σ dy[o + r] * x[i] over images.
+  template <int R>
+  void gradients(const float* dy, int o, int images, float* to) const {
+    in_pieces<WIDTH / LANES, std::min(SUMS / R, WIDTH / LANES)>([&](auto tile, int first) {
+      constexpr int C = tile;
+      Vec sums[R][C] = {};
+      const float* x = turned.get() + first * LANES;
+      for (int image = 0; image < images; image++, x += WIDTH) {
+        const float* from = dy + (int64_t(image / LANES) * OUT + o) * LANES + image % LANES;
+        Vec in[C];
+        for (int c = 0; c < C; c++) in[c] = load(x + c * LANES);
+        for (int r = 0; r < R; r++) {
+          const float each = from[r * LANES];
+          for (int c = 0; c < C; c++) sums[r][c] += each * in[c];
+        }
+      }
+      for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(to + r * WIDTH + (first + c) * LANES, sums[r][c]);
+    });
+  }
+
+  Parameter weight{OUT, IN, 1};
+  Bias<OUT, 1> bias;
+  double penalty = 0;
+  Array<float> turned;  // the inputs [image][input]
+  std::vector<Array<float>> scratch;
+};
+
+// A convolution of maps that are padded already, in one group.
+template <int CHANNELS, int HEIGHT, int WIDTH, int FILTERS, int KH, int KW, int SH, int SW, int DH, int DW, bool HAS_BIAS = true>
+class Convolution {
+ public:
+  static constexpr int OH = (HEIGHT - DH * (KH - 1) - 1) / SH + 1, OW = (WIDTH - DW * (KW - 1) - 1) / SW + 1;
+  static constexpr int INPUTS = CHANNELS * HEIGHT * WIDTH, OUTPUTS = FILTERS * OH * OW, PARAMETERS = 1 + HAS_BIAS;
+  static constexpr bool IN_PLACE = false;
+
+  Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
+  double value() const { return penalty + bias.value; }
+  int64_t products() const { return weight.left() * OH * OW; }
+  void resize(int) {}
+  void begin(int) {
+    places.resize(weight.size());
+    for (int e = 0; e < weight.size(); e++) places[e] = place(weight.inputs[e]);
+  }
+
+  void forward(const float* x, float* y, Range range) {
+    for (int v = range.begin; v < range.end; v++) {
+      const float* in = x + int64_t(v) * INPUTS * LANES;
+      float* out = y + int64_t(v) * OUTPUTS * LANES;
+      if (weight.is_listed()) for (int o = 0; o < FILTERS; o++) forward_list(in, out, o);
+      else in_pieces<FILTERS, TILE>([&](auto tile, int o) { forward_tile<tile>(in, out, o); });
+    }
+  }
+
+  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+    for (int v = range.begin; v < range.end; v++) {
+      const float* from = dy + int64_t(v) * OUTPUTS * LANES;
+      float* to = dx + int64_t(v) * INPUTS * LANES;
+      std::memset(to, 0, INPUTS * LANES * sizeof(float));
+      if (weight.is_listed()) backward_list(from, to);
+      else in_pieces<CHANNELS, std::min(TILE, CHANNELS)>([&](auto tile, int c) { backward_tile<tile>(from, to, c); });
+    }
+  }
+
+  void update(const float* x, const float* dy, int, int vectors, int64_t step, Share share, const Rule& rule) {
+    const Slope slope = weight.slope(step, share, rule);
+    if (share.thread == 0) penalty = slope.value;
+    if (HAS_BIAS) bias.update(dy, vectors, step, share, rule);
+    float* gradient = weight.gradient(share);
+    const int first = weight.first_row(share), last = weight.last_row(share);
+    if (!weight.is_listed()) {
+      for (int o = first; o < last; o++) {
+        for (int c = 0; c < CHANNELS; c++)
+          for (int kh = 0; kh < KH; kh++)
+            in_pieces<KW, std::min(KW, 8)>([&](auto tile, int kw) {
+              gradients<tile>(x, dy, vectors, o, place((c * KH + kh) * KW + kw), DW, gradient + (c * KH + kh) * KW + kw);
+            });
+        weight.move_row(step, rule, slope, o, gradient);
+      }
+      return;
+    }
+    for (int begin = weight.starts[first]; begin < weight.starts[last]; begin += CHUNK) {
+      const int end = std::min(weight.starts[last], begin + CHUNK);
+      for (int e = begin; e < end; e++) gradients<1>(x, dy, vectors, weight.outputs[e], places[e], 0, gradient + e - begin);
+      weight.move_list(step, rule, slope, begin, end, gradient);
+    }
+  }
+
+ private:
+  static constexpr int ALONG = std::min(OW, LANES == 4 ? 4 : 8);  // positions of a row that are computed at once
+  static constexpr int TILE = std::max(1, std::min(SUMS / ALONG, FILTERS));
+
+  // The first input that an entry of a filter's row reads.
+  static constexpr int place(int column) {
+    const int c = column / (KH * KW), kh = column / KW % KH, kw = column % KW;
+    return (c * HEIGHT + kh * DH) * WIDTH + kw * DW;
+  }
+
+  template <int R>
+  void forward_tile(const float* in, float* out, int o) const {
+    for (int row = 0; row < OH; row++)
+      in_pieces<OW, ALONG>([&](auto along, int column) {
+        constexpr int P = along;
+        Vec sums[R][P];
+        for (int r = 0; r < R; r++)
+          for (int p = 0; p < P; p++) sums[r][p] = all(HAS_BIAS ? bias.parameter.row(0)[o + r] : 0.f);
+        const float* w = weight.row(o);
+        for (int c = 0; c < CHANNELS; c++)
+          for (int kh = 0; kh < KH; kh++) {
+            const float* from = in + ((c * HEIGHT + row * SH + kh * DH) * WIDTH + column * SW) * LANES;
+            for (int kw = 0; kw < KW; kw++, w++, from += DW * LANES) {
+              Vec x[P];
+              for (int p = 0; p < P; p++) x[p] = load(from + p * SW * LANES);
+              for (int r = 0; r < R; r++) {
+                const float each = w[r * COLUMNS];
+                for (int p = 0; p < P; p++) sums[r][p] += each * x[p];
+              }
+            }
+          }
+        for (int r = 0; r < R; r++)
+          for (int p = 0; p < P; p++) store(out + (((o + r) * OH + row) * OW + column + p) * LANES, sums[r][p]);
+      });
+  }
+
+  void forward_list(const float* in, float* out, int o) const {
+    for (int row = 0; row < OH; row++)
+      in_pieces<OW, std::min(OW, SUMS)>([&](auto along, int column) {
+        constexpr int P = along;
+        Vec sums[P];
+        for (int p = 0; p < P; p++) sums[p] = all(HAS_BIAS ? bias.parameter.row(0)[o] : 0.f);
+        const float* start = in + (row * SH * WIDTH + column * SW) * LANES;
+        for (int e = weight.starts[o]; e < weight.starts[o + 1]; e++) {
+          const float* from = start + places[e] * LANES;
+          for (int p = 0; p < P; p++) sums[p] += weight.values[e] * load(from + p * SW * LANES);
+        }
+        for (int p = 0; p < P; p++) store(out + ((o * OH + row) * OW + column + p) * LANES, sums[p]);
+      });
+  }
+
+  // What the outputs' gradients give R channels, each tap of the kernel to its own inputs.
+  template <int R>
+  void backward_tile(const float* dy, float* dx, int c) const {
+    for (int kh = 0; kh < KH; kh++)
+      for (int kw = 0; kw < KW; kw++)
+        for (int row = 0; row < OH; row++)
+          in_pieces<OW, ALONG>([&](auto along, int column) {
+            constexpr int P = along;
+            Vec sums[R][P] = {};
+            const float* w = weight.row(0) + (c * KH + kh) * KW + kw;
+            const float* from = dy + (row * OW + column) * LANES;
+            for (int o = 0; o < FILTERS; o++, w += COLUMNS, from += OH * OW * LANES) {
+              Vec in[P];
+              for (int p = 0; p < P; p++) in[p] = load(from + p * LANES);
+              for (int r = 0; r < R; r++) {
+                const float each = w[r * KH * KW];
+                for (int p = 0; p < P; p++) sums[r][p] += each * in[p];
+              }
+            }
+            for (int r = 0; r < R; r++)
+              for (int p = 0; p < P; p++) {
+                float* to = dx + (((c + r) * HEIGHT + row * SH + kh * DH) * WIDTH + (column + p) * SW + kw * DW) * LANES;
+                store(to, load(to) + sums[r][p]);
+              }
+          });
+  }
+
+  void backward_list(const float* dy, float* dx) const {
+    for (int e = 0; e < weight.size(); e++) {
+      const float* from = dy + weight.outputs[e] * OH * OW * LANES;
+      const float each = weight.values[e];
+      for (int row = 0; row < OH; row++) {
+        float* to = dx + (places[e] + row * SH * WIDTH) * LANES;
+        for (int column = 0; column < OW; column++, from += LANES, to += SW * LANES) store(to, load(to) + each * load(from));
+      }
+    }
+  }
+
+  // gradients[k] = Σ dy[o] * x, from a first input on, over positions and images; k taps that lie so far apart.
+  template <int N>
+  static void gradients(const float* x, const float* dy, int vectors, int o, int first, int apart, float* to) {
+    Vec sums[N] = {};
+    for (int v = 0; v < vectors; v++) {
+      const float* out = dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES;
+      for (int row = 0; row < OH; row++) {
+        const float* in = x + (int64_t(v) * INPUTS + first + row * SH * WIDTH) * LANES;
+        for (int column = 0; column < OW; column++, out += LANES, in += SW * LANES) {
+          const Vec each = load(out);
+          for (int k = 0; k < N; k++) sums[k] += each * load(in + k * apart * LANES);
+        }
+      }
+    }
+    for (int k = 0; k < N; k++) to[k] = sum(sums[k]);
+  }
+
+  static constexpr int COLUMNS = CHANNELS * KH * KW;
+  Parameter weight{FILTERS, COLUMNS, KH * KW};
+  Bias<FILTERS, OH * OW> bias;
+  double penalty = 0;
+  std::vector<int> places;  // of a list's entries: the first input that each reads
+};
+
+// What layers without parameters have in common.
+template <int IN, int OUT>
+class Plain {
+ public:
+  static constexpr int INPUTS = IN, OUTPUTS = OUT, PARAMETERS = 0;
+  static constexpr bool IN_PLACE = false;
+  Parameter* parameter(int) { return nullptr; }
+  double value() const { return 0; }
+  int64_t products() const { return 0; }  // multiplications for an image
+  void resize(int) {}
+  void begin(int) {}
+  void update(const float*, const float*, int, int, int64_t, Share, const Rule&) {}
+};
+
+// x where it is above 0, slope * x elsewhere; SLOPE: its bits.
+template <int UNITS, uint32_t SLOPE = 0>
+class Rectifier : public Plain<UNITS, UNITS> {
+ public:
+  static constexpr bool IN_PLACE = true;
+  static constexpr float slope = std::bit_cast<float>(SLOPE);
+
+  void forward(const float* x, float* y, Range range) {
+    for (int64_t at = int64_t(range.begin) * UNITS * LANES; at < int64_t(range.end) * UNITS * LANES; at += LANES) {
+      const Vec in = load(x + at);
+      store(y + at, in <= 0.f ? (SLOPE ? slope * in : Vec{}) : in);  // NaN stays
+    }
+  }
+
+  void backward(const float*, const float* y, const float* dy, float* dx, Range range) {
+    for (int64_t at = int64_t(range.begin) * UNITS * LANES; at < int64_t(range.end) * UNITS * LANES; at += LANES) {
+      const Vec out = load(y + at), gradient = load(dy + at);
+      store(dx + at, out <= 0.f ? (SLOPE ? slope * gradient : Vec{}) : gradient);
+    }
+  }
+};
+
+// Zeros around maps.
+template <int CHANNELS, int HEIGHT, int WIDTH, int PH, int PW>
+class Padding : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*(HEIGHT + 2 * PH) * (WIDTH + 2 * PW)> {
+ public:
+  void forward(const float* x, float* y, Range range) {
+    for (int v = range.begin; v < range.end; v++) {
+      std::memset(y + int64_t(v) * Padding::OUTPUTS * LANES, 0, Padding::OUTPUTS * LANES * sizeof(float));
+      for (int row = 0; row < CHANNELS * HEIGHT; row++) std::memcpy(y + outer(v, row), x + inner(v, row), BYTES);
+    }
+  }
+
+  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+    for (int v = range.begin; v < range.end; v++)
+      for (int row = 0; row < CHANNELS * HEIGHT; row++) std::memcpy(dx + inner(v, row), dy + outer(v, row), BYTES);
+  }
+
+ private:
+  static constexpr int BYTES = WIDTH * LANES * sizeof(float);
+  static int64_t inner(int v, int row) { return (int64_t(v) * CHANNELS * HEIGHT + row) * WIDTH * LANES; }
+  static int64_t outer(int v, int row) {
+    const int64_t padded = (int64_t(v) * CHANNELS + row / HEIGHT) * (HEIGHT + 2 * PH) + row % HEIGHT + PH;
+    return (padded * (WIDTH + 2 * PW) + PW) * LANES;
+  }
+};
+
+// Pooling of windows within the maps: their largest entries, the first of equals, or their means.
+template <int CHANNELS, int HEIGHT, int WIDTH, int KH, int KW, int SH, int SW, bool IS_MAX>
+class Pooling : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*((HEIGHT - KH) / SH + 1) * ((WIDTH - KW) / SW + 1)> {
+ public:
+  static constexpr int OH = (HEIGHT - KH) / SH + 1, OW = (WIDTH - KW) / SW + 1;
+
+  void resize(int vectors) {
+    if (IS_MAX) largest.resize(int64_t(vectors) * Pooling::OUTPUTS * LANES);
+  }
+
+  void forward(const float* x, float* y, Range range) {
+    each(range, [&](int64_t in, int64_t out) {
+      Vec found = load(x + in * LANES);
+      Ints which{};
+      for (int k = 1; k < KH * KW; k++) {
+        const Vec next = load(x + (in + k / KW * WIDTH + k % KW) * LANES);
+        if (IS_MAX) {
+          const Ints is_larger = (next > found) | (next != next);  // NaN is larger than all, as torch has it
+          found = is_larger ? next : found;
+          which = is_larger ? Ints{} + k : which;
+        } else {
+          found += next;
+        }
+      }
+      if (IS_MAX) {
+        const Bytes narrow = __builtin_convertvector(which, Bytes);
+        std::memcpy(&largest[out * LANES], &narrow, sizeof narrow);
+      }
+      store(y + out * LANES, IS_MAX ? found : found * (1.f / (KH * KW)));
+    });
+  }
+
+  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+    const int64_t size = int64_t(Pooling::INPUTS) * LANES;
+    std::memset(dx + range.begin * size, 0, (range.end - range.begin) * size * sizeof(float));
+    each(range, [&](int64_t in, int64_t out) {
+      const Vec gradient = load(dy + out * LANES);
+      Ints which{};
+      if (IS_MAX) {
+        Bytes narrow;
+        std::memcpy(&narrow, &largest[out * LANES], sizeof narrow);
+        which = __builtin_convertvector(narrow, Ints);
+      }
+      for (int k = 0; k < KH * KW; k++) {
+        float* to = dx + (in + k / KW * WIDTH + k % KW) * LANES;
+        const Vec own = IS_MAX ? (which == k ? gradient : Vec{}) : gradient * (1.f / (KH * KW));
+        store(to, load(to) + own);
+      }
+    });
+  }
+
+ private:
+  // Calls a function of the first input of each window, and of its output.
+  template <class Function>
+  static void each(Range range, Function function) {
+    for (int64_t map = int64_t(range.begin) * CHANNELS; map < int64_t(range.end) * CHANNELS; map++)
+      for (int row = 0; row < OH; row++)
+        for (int column = 0; column < OW; column++)
+          function((map * HEIGHT + row * SH) * WIDTH + column * SW, (map * OH + row) * OW + column);
+  }
+
+  static_assert(KH * KW <= 256, "a window's entries are numbered by bytes");
+  Array<uint8_t> largest;  // entry of each window
+};
+
+}  // namespace kernels

@@ -1,0 +1,131 @@
+// Vectors of floats, one image in each lane, by the compiler's own vector types: AVX-512, AVX2, NEON or SSE.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <utility>
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace kernels {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, SUMS = 24, WIDEST = 4;  // sums that stay in registers; the most vectors of a tile
+#elif defined(__AVX__)
+constexpr int LANES = 8, SUMS = 12, WIDEST = 2;
+#elif defined(__aarch64__)
+constexpr int LANES = 4, SUMS = 24, WIDEST = 4;
+#else
+constexpr int LANES = 4, SUMS = 12, WIDEST = 2;
+#endif
+constexpr int GROUP = 16;  // images are taken in groups of so many, whatever the machine's vectors are
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+
+constexpr int up_to(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+inline Vec load(const float* from) {
+  Vec found;
+  std::memcpy(&found, from, sizeof found);
+  return found;
+}
+
+inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value); }
+
+inline Vec all(float value) { return Vec{} + value; }
+
+inline float sum(Vec value) {
+  for (int half = LANES / 2; half > 0; half /= 2)
+    for (int lane = 0; lane < half; lane++) value[lane] += value[lane + half];
+  return value[0];
+}
+
+// e^x, to about one unit in the last place; 0 below -87, inf above 88, NaN of NaN. Cephes' polynomial.
+inline Vec exp(Vec x) {
+  const Vec low = all(-87.33f), high = all(88.72f);
+  const Vec held = x > high ? high : x < low ? low : x;
+  const Vec bias = all(12582912.f);  // 1.5 * 2^23: what is added to it is rounded to a whole number
+  const Vec power = (held * 1.44269504f + bias) - bias;
+  const Vec rest = held - power * 0.693359375f + power * 2.12194440e-4f;
+  Vec series = all(1.9875691500e-4f);
+  for (float each : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    series = series * rest + each;
+  series = series * rest * rest + rest + 1.f;
+  const Vec known = power == power ? power : Vec{};
+  // two factors, as 2^128 is none
+  const Ints half = __builtin_convertvector(known, Ints) >> 1, other = __builtin_convertvector(known, Ints) - half;
+  const Ints one = (half + 127) << 23, two = (other + 127) << 23;
+  const Vec found = series * (Vec)one * (Vec)two;
+  return x > high ? all(INFINITY) : x < low ? Vec{} : found;
+}
+
+// N vectors of N lanes are turned: lane j of row i becomes lane i of row j.
+template <class V, int N, int STRIDE, int... I>
+inline void swap_lanes(V* rows, std::integer_sequence<int, I...>) {
+  for (int row = 0; row < N; row++) {
+    if (row & STRIDE) continue;
+    const V one = rows[row], other = rows[row + STRIDE];
+    rows[row] = __builtin_shufflevector(one, other, (I & STRIDE ? N + I - STRIDE : I)...);
+    rows[row + STRIDE] = __builtin_shufflevector(one, other, (I & STRIDE ? N + I : I + STRIDE)...);
+  }
+}
+
+template <class V, int N, int STRIDE = N / 2>
+inline void turn(V* rows) {
+  swap_lanes<V, N, STRIDE>(rows, std::make_integer_sequence<int, N>());
+  if constexpr (STRIDE > 1) turn<V, N, STRIDE / 2>(rows);
+}
+
+// An array that vectors can be read from, of zeros at first.
+template <class T>
+class Array {
+ public:
+  void resize(int64_t size) {
+    if (size <= this->size) return;
+    const int64_t bytes = (size * int64_t(sizeof(T)) + 127) / 64 * 64;  // a vector more, as tails are read whole
+    data.reset(static_cast<T*>(std::aligned_alloc(64, bytes)));
+    std::memset(static_cast<void*>(data.get()), 0, bytes);
+    this->size = size;
+  }
+  T* get() { return data.get(); }
+  const T* get() const { return data.get(); }
+  T& operator[](int64_t index) { return data.get()[index]; }
+  const T& operator[](int64_t index) const { return data.get()[index]; }
+
+ private:
+  struct Free {
+    void operator()(T* pointer) const { std::free(pointer); }
+  };
+  std::unique_ptr<T, Free> data;
+  int64_t size = 0;
+};
+
+// Denormals are zeros while it lives, as in the rest of training.
+class Flushed {
+ public:
+#if defined(__SSE__)
+  Flushed() : before(_mm_getcsr()) { _mm_setcsr(before | 0x8040); }
+  ~Flushed() { _mm_setcsr(before); }
+
+ private:
+  unsigned before;
+#elif defined(__aarch64__)
+  Flushed() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" ::"r"(before | (1ull << 24)));
+  }
+  ~Flushed() { asm volatile("msr fpcr, %0" ::"r"(before)); }
+
+ private:
+  uint64_t before;
+#endif
+};
+
+}  // namespace kernels
