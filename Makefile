@@ -1,9 +1,9 @@
-# make run [ARGS="model=lenet5 reg=group_hs"], make test, make fuzz, make bench: each installs what it needs into .venv first.
+# make run [ARGS="model=lenet5 reg=group_hs"], make test, make fuzz, make sanitize, make bench: each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 
-.PHONY: run test fuzz bench clean
+.PHONY: run test fuzz sanitize bench clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/python main.py $(if $(filter data=%,$(ARGS)),,data=digits) $(ARGS)
@@ -13,6 +13,13 @@ test: $(VENV)/.installed-test
 
 fuzz: $(VENV)/.installed-test
 	SPARSITY_FUZZ=10000 $(VENV)/bin/python -m pytest -m slow tests/test_fuzz.py
+
+# The kernels' tests with their libraries watched for reads and writes beside arrays, and for what C++ leaves undefined.
+sanitize: $(VENV)/.installed-test
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	UBSAN_OPTIONS=halt_on_error=1 SPARSITY_KERNELS=$(VENV)/kernels \
+	SPARSITY_KERNELS_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
+	$(VENV)/bin/python -m pytest -n 0 tests/test_kernels.py
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks

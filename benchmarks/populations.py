@@ -1,13 +1,30 @@
 """Members trained as one stacked computation, beside one member at a time."""
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks import machine
 from benchmarks.floor import Rates, work
 from benchmarks.plain import plain_epochs
 from benchmarks.report import Figure, Report, Target
-from benchmarks.subjects import BATCH_SIZE, FULL_EPOCH, Setting, default, module, our_epochs
-from benchmarks.turns import Turns
+from benchmarks.subjects import (
+    BATCH_SIZE,
+    FULL_EPOCH,
+    Setting,
+    Told,
+    default,
+    loop,
+    module,
+    our_epochs,
+    population,
+    splits,
+    torch_precision,
+    with_kernels,
+)
+from benchmarks.turns import Tell, Turns
+from sparsity.experiment.machine import machine as machine_of
+from sparsity.training import train
 
 PART = "populations"
 REG = "hs"
@@ -29,10 +46,41 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
     kinds |= {f"{size} stacked": ("recorded", size) for size in sizes[: 1 if setting.quick else None]}
     for network in setting.networks[: 1 if setting.quick else None]:
         _network(setting, report, rates, network, kinds)
+    if setting.device == "cpu":
+        side_by_side(setting, report)
+
+
+def side_by_side(setting: Setting, report: Report) -> None:
+    """Members finetuned together on the cores, by kernels, beside one after another."""
+    turns = Turns({f"{count}": (sparse_epochs, setting, count) for count in (1, MANY)}, setting.rounds)
+    each, together = (setting.per_epoch(turns.median(name)) for name in ("1", f"{MANY}"))
+    name = f"lenet300 at {LEFT:.0%} by kernels: {MANY} members, an epoch of each"
+    ratio, target = MANY * turns.ratio("1", f"{MANY}"), Target(BESIDE, at_least=True)
+    report.add(Figure(PART, f"lenet300 at {LEFT:.0%} by kernels: one member", each, "s / 60,000 images"))
+    report.add(Figure(PART, name, together / MANY, "s / 60,000 images", ratio=ratio, target=target))
+
+
+MANY, LEFT, BESIDE = 8, 0.02, 1.8  # members, share of the weights, times as fast
+
+
+def sparse_epochs(tell: Tell, setting: Setting, count: int) -> None:
+    """Tells the seconds of epoch after epoch of members that have little left, wherever it is."""
+    with machine_of(None):
+        images, members = splits(setting), population("lenet300", count)
+        generator = torch.Generator().manual_seed(0)
+        weights = {name: p for name, p in members.parameters.items() if members.layouts[name].kind == "weight"}
+        masks = {name: torch.rand(p.shape, generator=generator) < LEFT for name, p in weights.items()}
+        own = members.parameters | {name: p * masks[name] for name, p in weights.items()}
+        members = replace(members, parameters=own, masks=masks)
+        generators = [torch.Generator().manual_seed(seed) for seed in range(count)]
+        train(
+            members, images, with_kernels(loop("kernels", "float32"), members, images), generators, watcher=Told(tell)
+        )
 
 
 def _network(setting: Setting, report: Report, rates: Rates, network: str, kinds: Kinds) -> None:
-    device, precision = setting.device, default(network, device=setting.device)[1]
+    device = setting.device
+    precision = torch_precision() if device == "cpu" else default(network, device=device)[1]
     calls = {
         name: (our_epochs, setting, network, REG, way, precision, members, device)
         for name, (way, members) in kinds.items()

@@ -44,6 +44,21 @@ def measure(setting: Setting, report: Report, rates: Rates) -> None:
         report.add(Figure(PART, f"{label}: plain / ours", plain / seconds, "×"))
         for name, (value, unit) in outcome.items():
             report.add(Figure(PART, f"{label}: {name}", value, unit))
+    grid(setting, report)
+
+
+def grid(setting: Setting, report: Report) -> None:
+    """The wall time of the README's grid, its members together, from nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        given = [*GRID, "hydra/launcher=population", f"store={folder}/store", f"hydra.sweep.dir={folder}/sweep"]
+        start = time.perf_counter()
+        command = [sys.executable, "main.py", "-m", *given, *data_of(setting)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+        report.add(Figure(PART, " ".join(GRID), time.perf_counter() - start, "s", target=Target(MOST_SECONDS)))
+
+
+GRID = ("reg.decay=1e-5,1e-4,1e-3", "sensitivity=0.3,0.6,0.9,1.2")
+MOST_SECONDS = 40
 
 
 def plain_seconds(setting: Setting, network: str) -> float:

@@ -12,11 +12,12 @@ from sparsity.capture import Way
 from sparsity.experiment.machine import machine
 from sparsity.experiment.plan import planned
 from sparsity.experiment.precision import precision_of
+from sparsity.kernels import kernels_of
 from sparsity.population import Population, stack
 from sparsity.schedules import learning_rate
 from sparsity.stages import Context
 from sparsity.stages.regularizing import total_penalty
-from sparsity.stages.training import way_of
+from sparsity.stages.training import pays, way_of
 from sparsity.step import Form, Penalty
 from sparsity.training import Epoch, Loop, Watcher, train
 
@@ -106,14 +107,30 @@ def loop(way: Way, precision: str, epochs: int = WITHOUT_END, lr: float = 1e-3, 
     return Loop(epochs, BATCH_SIZE, rate, partial(torch.optim.Adam, fused=True, lr=lr), PRECISIONS[precision], way)
 
 
+def with_kernels(plan: Loop, members: Population, images: data.Splits) -> Loop:
+    """The loop with the network's kernels, if that is how its steps are computed."""
+    if plan.way != "kernels":
+        return plan
+    kernels = kernels_of(members, images, plan.optimizer([torch.zeros(1, requires_grad=True)]))
+    assert kernels is not None, "needs a compiler"
+    return replace(plan, kernels=kernels)
+
+
 def default(network: str, num_steps: int = LONG_STAGE, device: str = "cpu", *, reg: str = "hs") -> tuple[Way, str]:
     """What `step=auto precision=auto` take for a stage of so many steps, regularizing unless reg is none."""
     run = config.read(config.compose([f"model={network}", f"reg={reg}"])[0])
     members, model = population(network, device=device), run.model.factory.target
     stage = next(each for each in planned([run]) if (each.regularizers is None) == (reg == "none"))
     context = Context(splits=None, seeds=[0], graph=None, step="auto", model=model)
+    if device == "cpu" and pays(members):
+        return "kernels", "float32"
     targets = [model, run.optimizer.target]
     return way_of(context, members, num_steps, targets, bool(stage.regularizers)), precision_of(run, members.device)
+
+
+def torch_precision() -> str:
+    """The precision of this machine's CPU where torch computes the steps."""
+    return precision_of(config.read(config.compose([])[0]), torch.device("cpu"))
 
 
 class Told(Watcher):
@@ -150,4 +167,5 @@ def our_epochs(
         watcher = Told(tell, device)
         trained = population(network, members, device)
         generators = [torch.Generator().manual_seed(seed) for seed in range(members)]
-        train(trained, images, loop(way, precision), generators, penalty=penalty(reg, trained), watcher=watcher)
+        plan = with_kernels(loop(way, precision), trained, images)
+        train(trained, images, plan, generators, penalty=penalty(reg, trained), watcher=watcher)

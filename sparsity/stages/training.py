@@ -206,7 +206,7 @@ def _kernels(
         return None
     is_asked = context.step == "kernels"
     is_low = context.precision_is_asked and context.precision is not torch.float32
-    if not is_asked and (is_low or not _pays(population)):
+    if not is_asked and (is_low or not pays(population)):
         return None
     try:
         if is_low:
@@ -220,7 +220,7 @@ def _kernels(
         return None
 
 
-def _pays(population: Population) -> bool:
+def pays(population: Population) -> bool:
     """Whether kernels are known to be faster than torch: of what masks have left, or of no convolution."""
     weights = [name for name, layout in population.layouts.items() if layout.kind == "weight"]
     sizes = {name: population.parameters[name].numel() for name in weights}
