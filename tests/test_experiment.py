@@ -110,7 +110,7 @@ def test_finetuning_is_compact_unless_the_optimizer_mixes_entries(elementwise, r
     compacted = []
     monkeypatch.setattr(training, "is_elementwise", lambda optimizer: elementwise)
     monkeypatch.setattr(training, "compact", lambda *given: compacted.append(1) or compact(*given))
-    run(*SMALL, "sensitivity=0.5", "plots=false")
+    run(*SMALL, "sensitivity=0.5", "plots=false", "step=eager")
     assert len(compacted) == elementwise
 
 

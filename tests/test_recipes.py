@@ -520,6 +520,7 @@ def test_every_recipe_runs_on_real_data(run, recipe, part_of_mnist):
     data = ("data=arrays", f"data.root={part_of_mnist}", "data.validation=1000")
     result = run(f"recipe={recipe}", "rounds=2", "budget.compression=10", *data, "plots=false")
     assert result["stages_run"][-1]["nonzero"]["weights"] == result["nonzero"]["weights"]
-    least = 26_000 if recipe == "set" else 26_620  # what comes back for dead pixels stays 0
+    # what comes back for dead pixels stays 0, and of few bits what is small becomes 0
+    least = 26_000 if recipe in ("set", "quantized") else 26_620
     assert least <= result["nonzero"]["weights"] <= 26_620 and result["accuracy"]["final"]["test"] > 0.6
     assert len(result["stages_run"]) >= len(own.get("stages", ()))
