@@ -1,5 +1,6 @@
 """Exports: what other programs make of the network, over all images, and what they do not take, in one line."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -15,17 +16,19 @@ from conftest import choices, compose, shipped_rule, slow, some_slow
 from test_artifact import zeroed
 from test_units import counted
 from torch import nn
+from torch.func import functional_call
 
-from sparsity import config, exports, models
+from sparsity import compaction, config, exports, models
 from sparsity import csr as matrices
 from sparsity.artifact import About, Network, cut, load, write
 from sparsity.budgets import meet
-from sparsity.data import Images
+from sparsity.data import Images, Splits
 from sparsity.errors import ConfigError, ExportError
 from sparsity.graph import Facts, trace
 from sparsity.limits import Budget, Limits
 from sparsity.nodes import sensitivity_range
 from sparsity.population import stack
+from sparsity.stages.holding import holding_zeros
 from sparsity.stages.rules import masks_of, rule_of, scores_of
 
 NUMBERS = {"onnx": {"opset": 18}, "torch_export": {}, "csr": {"batch_sizes": [1, 64], "repeats": 3}}
@@ -138,6 +141,19 @@ def halved(name):
     return module, graph, met.reached[0].left.macs
 
 
+class OfMember(nn.Module):
+    """A population of one as a module."""
+
+    def __init__(self, population):
+        super().__init__()
+        self.population = population
+
+    def forward(self, images):
+        parts = {**self.population.parameters, **self.population.buffers}
+        tensors = {name: tensor[0] for name, tensor in parts.items()}
+        return functional_call(self.population.module.eval(), tensors, (images,))
+
+
 @pytest.mark.parametrize("name", slow(*TORCHVISION))
 def test_torchvision_networks_at_half_their_macs(name, tmp_path):
     """Compact as is reported, in torch's own counts, the same in the file, and in onnxruntime as in PyTorch."""
@@ -153,6 +169,11 @@ def test_torchvision_networks_at_half_their_macs(name, tmp_path):
         if tensor in shapes:
             shapes[tensor][axis] = int(kept.sum())
     assert sum(each.numel() for each in network.parameters()) == sum(torch.Size(s).numel() for s in shapes.values())
+
+    part = Images(torch.rand(8, 3, 64, 64, dtype=torch.double), torch.arange(8))
+    held = holding_zeros(stack([copy.deepcopy(module).double()], images=example.double()), graph.units)
+    small = compaction.compact(held, Splits(part, None, part, 10)).population  # what finetuning trains is as small
+    assert counted(OfMember(small), example.double())[0] == macs
 
     about = About((3, 64, 64), CLASSES, [0.3] * 3, [0.25] * 3)
     write(tmp_path / "compact.safetensors", made, about)
