@@ -16,6 +16,7 @@ from sparsity.limits import RATIOS, Budget, Counts, Limits
 from sparsity.population import Population
 from sparsity.tensors import Layout, Tensors, denormals_kept, from_view, nonzero, to_view
 
+SizeOf = Callable[[Tensors], int]  # one member's parameters and buffers → the bytes of its compact network's file
 MasksOf = Callable[[Tensor], Tensors]  # the rule's number of each member [members] → masks bool [members, *shape]
 LARGEST = torch.finfo(torch.float32).max
 
@@ -23,8 +24,9 @@ LARGEST = torch.finfo(torch.float32).max
 class Left:
     """Counts what masks leave of the members of a population."""
 
-    def __init__(self, population: Population, graph: Mapping[str, Layer]):
-        self.population, self.graph = population, graph
+    def __init__(self, population: Population, graph: Mapping[str, Layer], size_of: SizeOf | None = None):
+        """size_of: where bytes are asked for."""
+        self.population, self.graph, self.size_of = population, graph, size_of
         weights = {name for name, layout in population.layouts.items() if layout.kind == "weight"}
         self.entries = {name: nonzero(population.parameters[name]) for name in population.parameters if name in weights}
         self.total = sum(entries[0].numel() for entries in self.entries.values())
@@ -34,10 +36,16 @@ class Left:
         """The MACs of the network when nothing is pruned."""
         return self._report(0, {}).macs["dense"]
 
+    @cached_property
+    def dense_bytes(self) -> int:
+        """The bytes of the file when nothing is pruned."""
+        return self.bytes(0, {})
+
     def limits(self, budgets: Sequence[Budget]) -> list[Limits]:
         """The budgets in counts."""
         dense_macs = self.dense_macs if any(budget.limits_macs for budget in budgets) else None
-        return [budget.limits(Counts(0, self.total, None, dense_macs)) for budget in budgets]
+        dense_bytes = self.dense_bytes if any(budget.limits_bytes for budget in budgets) else None
+        return [budget.limits(Counts(0, self.total, None, dense_macs, None, dense_bytes)) for budget in budgets]
 
     def nonzero(self, masks: Tensors) -> Tensor:
         """The weights other than 0 of each member: int64 [members], on the CPU."""
@@ -50,27 +58,39 @@ class Left:
         """The MACs of one member that are left once all that can be cut out is."""
         return self._report(member, masks).macs["removable"]
 
-    def counts(self, masks: Tensors, with_macs: Sequence[bool]) -> list[Counts]:
-        """What is left of each member; its MACs where they are asked for."""
-        dense = self.dense_macs if any(with_macs) else None
-        return [
-            Counts(count, self.total, self.macs(member, masks), dense) if asked else Counts(count, self.total)
-            for member, (count, asked) in enumerate(zip(self.nonzero(masks).tolist(), with_macs))
-        ]
+    def bytes(self, member: int, masks: Tensors) -> int:
+        """The bytes of the file of one member's compact network."""
+        parameters, buffers = self._tensors(member, masks)
+        return self.size_of({**parameters, **buffers})
 
-    def _report(self, member: int, masks: Tensors) -> Report:
+    def counts(self, masks: Tensors, budgets: Sequence[Budget]) -> list[Counts]:
+        """What is left of each member; its MACs and bytes where its budget limits them."""
+        dense = self.dense_macs if any(budget.limits_macs for budget in budgets) else None
+        found = []
+        for member, (count, budget) in enumerate(zip(self.nonzero(masks).tolist(), budgets)):
+            macs = (self.macs(member, masks), dense) if budget.limits_macs else (None, None)
+            size = (self.bytes(member, masks), self.dense_bytes) if budget.limits_bytes else (None, None)
+            found.append(Counts(count, self.total, *macs, *size))
+        return found
+
+    def _tensors(self, member: int, masks: Tensors) -> tuple[Tensors, Tensors]:
         parameters = {
             name: torch.where(masks[name][member], parameter[member], 0) if name in masks else parameter[member]
             for name, parameter in self.population.parameters.items()
         }
-        buffers = {name: buffer[member] for name, buffer in self.population.buffers.items()}
+        return parameters, {name: buffer[member] for name, buffer in self.population.buffers.items()}
+
+    def _report(self, member: int, masks: Tensors) -> Report:
+        parameters, buffers = self._tensors(member, masks)
         stds = dict.fromkeys(parameters, 0.0)  # which nobody asks for
         return account(parameters, self.population.layouts, self.graph, buffers=buffers, stds=stds)
 
 
-def counts(population: Population, graph: Mapping[str, Layer], *, with_macs: bool) -> list[Counts]:
-    """What there is of each member as it stands."""
-    return Left(population, graph).counts({}, [with_macs] * population.num_members)
+def counts(
+    population: Population, graph: Mapping[str, Layer], budgets: Sequence[Budget], size_of: SizeOf | None = None
+) -> list[Counts]:
+    """What there is of each member as it stands, as far as its budget limits it."""
+    return Left(population, graph, size_of).counts({}, budgets)
 
 
 @dataclass(frozen=True)
@@ -92,6 +112,7 @@ class Reached:
             "compression": left.compression,
             "macs": left.macs,
             "macs_reduction": left.macs_reduction,
+            "bytes": left.bytes,
         }
 
     def words(self) -> str | None:
@@ -136,11 +157,15 @@ class Reached:
 def _slack(alone: Budget, left: Counts) -> int:
     """How much less is left than one limit allows."""
     limits = alone.limits(left)
+    if alone.limits_bytes:
+        return limits.bytes - left.bytes
     return limits.macs - left.macs if alone.limits_macs else limits.nonzero - left.nonzero
 
 
 def _said(alone: Budget, left: Counts) -> str:
     """What is left, as one limit counts it."""
+    if alone.limits_bytes:
+        return f"{left.bytes:,} bytes"
     if alone.limits_macs:
         count, ratio = f"{left.macs:,} MACs", left.macs_reduction
         word = None if alone.macs_reduction is None else "reduction"
@@ -166,6 +191,7 @@ def meet(
     graph: Mapping[str, Layer],
     *,
     enough: Sequence[Limits] | None = None,
+    size_of: SizeOf | None = None,
 ) -> Met:
     """The smallest number of the rule with which each member keeps its budget, so that the most is left that does.
 
@@ -173,12 +199,12 @@ def meet(
     interval: of the number; without an upper end, up to the largest float32. budgets: one a member. graph: `trace`'s.
     Bisection halves the float32 numbers of the interval about 31 times: at the one that is found the budget holds, at
     the next smaller one it does not. Where no number keeps it and leaves something, a member is not met, and gets the
-    number that comes nearest. MACs are counted for members with a limit on them alone, above the number that their
-    weights need. enough: for each member the counts that
-    suffice: where so much is left, the search may end early.
+    number that comes nearest. MACs and bytes are counted for members with a limit on them alone, above the number that
+    their weights need. enough: for each member the counts that suffice: where so much is left, the search may end
+    early. size_of: where bytes are limited.
     """
     with denormals_kept():
-        left = Left(population, graph)
+        left = Left(population, graph, size_of)
         limits = left.limits(budgets)
         low, high = _ends(interval)
 
@@ -187,9 +213,9 @@ def meet(
 
         found = _first_that_hold(left, masks_at, limits, low, high, enough or [Limits(None, None)] * len(limits))
         places = found.clamp(max=high)
-        masks, with_macs = masks_at(places), [budget.limits_macs for budget in budgets]
-        here = left.counts(masks, with_macs)
-        before = left.counts(masks_at(found - 1), with_macs)
+        masks = masks_at(places)
+        here = left.counts(masks, budgets)
+        before = left.counts(masks_at(found - 1), budgets)
         is_met = [limit.hold(each) for limit, each in zip(limits, here)]
         is_idle = [place == low for place in found.tolist()]
         returned = [not met and low < place <= high for met, place in zip(is_met, found.tolist())]  # from nothing left
@@ -211,21 +237,25 @@ def _first_that_hold(
 ) -> Tensor:
     """The first place from low to high where each member's limits hold, high + 1 where none does: int64 [members]."""
     lowest, beyond = torch.full((len(limits),), low), torch.full((len(limits),), high + 1)
-    most = torch.tensor([[left.total if n is None else n for n in limit] for limit in limits]).T  # of weights, of MACs
+    most = torch.tensor([[left.total if n is None else n for n in limit] for limit in limits]).T  # of each kind
     floors = torch.tensor([[-1 if n is None else n for n in each] for each in enough]).T
     spare = torch.where(floors < 0, -1, most - floors)
+    limited = torch.tensor([[n is not None for n in limit] for limit in limits]).T
 
     def weights(places: Tensor, _: Tensor) -> Tensor:
         return most[0] - left.nonzero(masks_at(places))
 
-    def macs(places: Tensor, asked: Tensor) -> Tensor:
-        masks = masks_at(places)
-        counted = [left.macs(member, masks) if ask else 0 for member, ask in enumerate(asked)]
-        return most[1] - torch.tensor(counted)
+    def counted(count: Callable[[int, Tensors], int], most: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        def unused(places: Tensor, asked: Tensor) -> Tensor:
+            masks = masks_at(places)
+            return most - torch.tensor([count(member, masks) if ask else 0 for member, ask in enumerate(asked)])
 
-    limited = torch.tensor([[n is not None for n in limit] for limit in limits]).T
-    found = _bisect(weights, lowest - 1, torch.where(limited[0], beyond, lowest), spare[0])
-    return _bisect(macs, found - 1, torch.where(limited[1], beyond, found), spare[1])
+        return unused
+
+    found = lowest
+    for kind, unused in enumerate((weights, counted(left.macs, most[1]), counted(left.bytes, most[2]))):
+        found = _bisect(unused, found - 1, torch.where(limited[kind], beyond, found), spare[kind])
+    return found
 
 
 def _bisect(unused: Callable[[Tensor, Tensor], Tensor], below: Tensor, above: Tensor, enough: Tensor) -> Tensor:
@@ -264,25 +294,37 @@ def _float_at(places: Tensor) -> Tensor:
 
 
 def least_left(
-    population: Population, masks_of: MasksOf, interval: Range, graph: Mapping[str, Layer], *, with_macs: bool
+    population: Population,
+    masks_of: MasksOf,
+    interval: Range,
+    budgets: Sequence[Budget],
+    graph: Mapping[str, Layer],
+    size_of: SizeOf | None = None,
 ) -> list[Counts]:
     """What is left of each member when all goes that the rule may prune, whatever the weights are.
 
-    Of a chain of layers the MACs are those of one channel from end to end through the layers that are pruned: with
-    fewer the outputs do not depend on the images.
+    MACs and bytes as the budgets limit them: of a chain of layers those of one channel from end to end through the
+    layers that are pruned: with fewer the outputs do not depend on the images.
     """
     top = torch.inf if interval.high is None else interval.high  # ∞ takes a tensor whose entries are equal, too
     with denormals_kept():
         masks = masks_of(torch.full((population.num_members,), top, device=population.device))
-        left = Left(population, graph)
-        found = left.counts(masks, [with_macs] * population.num_members)
+        left = Left(population, graph, size_of)
+        found = left.counts(masks, budgets)
         kept = [entries for name, entries in left.entries.items() if name not in masks]
-        if not with_macs or not _is_chain(population, graph) or not all(bool(entries.all()) for entries in kept):
+        is_counted = any(budget.limits_macs or budget.limits_bytes for budget in budgets)
+        if not is_counted or not _is_chain(population, graph) or not all(bool(entries.all()) for entries in kept):
             return found
         ones = {name: torch.ones_like(population.parameters[name]) for name in masks}
-        thin = Left(replace(population, parameters=population.parameters | ones), graph)
+        thin = Left(replace(population, parameters=population.parameters | ones), graph, size_of)
         paths = {name: _with_one_path(mask, population.layouts[name]) for name, mask in masks.items()}
-        return [each._replace(macs=max(each.macs, thin.macs(member, paths))) for member, each in enumerate(found)]
+        return [_more_of(*pair) for pair in zip(found, thin.counts(paths, budgets))]
+
+
+def _more_of(one: Counts, other: Counts) -> Counts:
+    """The counts of one, with the larger MACs and bytes of two."""
+    pairs = {"macs": (one.macs, other.macs), "bytes": (one.bytes, other.bytes)}
+    return one._replace(**{name: max(pair) for name, pair in pairs.items() if None not in pair})
 
 
 def _is_chain(population: Population, graph: Mapping[str, Layer]) -> bool:
@@ -307,14 +349,14 @@ def check_reachable(
     interval: Range,
     budgets: Sequence[Budget],
     graph: Mapping[str, Layer],
+    size_of: SizeOf | None = None,
 ) -> None:
     """Refuses a budget that what the rule leaves alone exceeds, before anything trains.
 
     masks_of: as `meet` takes it, but with the number for all that the rule prunes, layers with a sensitivity of their
     own too: how much that keeps of weights that are not trained yet is not known.
     """
-    with_macs = any(budget.limits_macs for budget in budgets)
-    for budget, least in zip(budgets, least_left(population, masks_of, interval, graph, with_macs=with_macs)):
+    for budget, least in zip(budgets, least_left(population, masks_of, interval, budgets, graph, size_of)):
         for key, alone in budget.alone():
             remedy = "lower it" if alone.given.keys() <= RATIOS else "raise it"
             if 0 in alone.limits(least):

@@ -14,6 +14,8 @@ class Counts(NamedTuple):
     total: int  # weights
     macs: int | None = None  # left once all that can be cut out is; None where no budget asks for them
     dense_macs: int | None = None
+    bytes: int | None = None  # of the compact network's file, in float32; None where no budget asks for them
+    dense_bytes: int | None = None  # of the file when nothing is pruned
 
     @property
     def compression(self) -> float | None:
@@ -31,12 +33,15 @@ class Limits(NamedTuple):
 
     nonzero: int | None
     macs: int | None
+    bytes: int | None = None
 
     def hold(self, left: Counts) -> bool:
         """Whether something is left, and not too much of it."""
         if not left.nonzero or (self.nonzero is not None and left.nonzero > self.nonzero):
             return False
-        return self.macs is None or 0 < (left.macs or 0) <= self.macs
+        if self.macs is not None and not 0 < (left.macs or 0) <= self.macs:
+            return False
+        return self.bytes is None or 0 < (left.bytes or 0) <= self.bytes
 
 
 RATIOS = {"compression", "macs_reduction"}  # limits of which more prunes more
@@ -50,6 +55,7 @@ class Budget:
     nonzero: PositiveCount | None = None  # at most so many weights other than 0, of the whole network
     macs: PositiveCount | None = None  # at most so many MACs, once all that can be cut out is
     macs_reduction: Annotated[float, Range(1)] | None = None  # dense MACs / those, at least
+    bytes: PositiveCount | None = None  # at most so large a file of the compact network, in float32
 
     @property
     def given(self) -> dict[str, float]:
@@ -61,6 +67,11 @@ class Budget:
     def limits_macs(self) -> bool:
         """Whether it limits MACs."""
         return self.macs is not None or self.macs_reduction is not None
+
+    @property
+    def limits_bytes(self) -> bool:
+        """Whether it limits the file."""
+        return self.bytes is not None
 
     def turned(self, *, pruning: Literal["less", "more"]) -> str:
         """How to turn the limits so that less or more is pruned, such as raise budget.nonzero=5000.
@@ -77,7 +88,9 @@ class Budget:
         """The budget in counts, for a network that has `dense.total` weights and `dense.dense_macs` MACs."""
         nonzeros = [self.nonzero, _most(dense.total, self.compression)]
         macs = [self.macs, None if dense.dense_macs is None else _most(dense.dense_macs, self.macs_reduction)]
-        return Limits(*(min((n for n in each if n is not None), default=None) for each in (nonzeros, macs)))
+        return Limits(
+            *(min((n for n in each if n is not None), default=None) for each in (nonzeros, macs, [self.bytes]))
+        )
 
     def alone(self) -> "Iterator[tuple[str, Budget]]":
         """Each limit as a budget of its own, with the words that name it, such as budget.nonzero=5000."""
@@ -110,7 +123,7 @@ class PartOfBudget(Budget):
 
     def limits(self, dense: Counts) -> Limits:
         """The part of the budget in counts."""
-        whole = Counts(dense.total, dense.total, dense.dense_macs, dense.dense_macs)
+        whole = Counts(dense.total, dense.total, dense.dense_macs, dense.dense_macs, dense.dense_bytes)
         return _between(whole, super().limits(dense), self.share, self.way)
 
     def alone(self) -> "Iterator[tuple[str, Budget]]":
@@ -123,12 +136,12 @@ def part(budget: Budget, share: float, start: Counts, *, way: Way) -> Budget:
     """The budget that lies a share of the way from the counts at the start to the budget's own; itself at 1.
 
     linear: start + (limit - start) · share are left, geometric: start · (limit / start)^share, to the nearest number,
-    of weights and of MACs alike. A limit that the start keeps already stays as it is.
+    of weights, of MACs and of bytes alike. A limit that the start keeps already stays as it is.
     """
     if share == 1:
         return budget
     limits = _between(start, budget.limits(start), share, way)
-    return Budget(nonzero=limits.nonzero, macs=limits.macs)
+    return Budget(nonzero=limits.nonzero, macs=limits.macs, bytes=limits.bytes)
 
 
 def _between(start: Counts, end: Limits, share: float, way: Way) -> Limits:
@@ -139,4 +152,4 @@ def _between(start: Counts, end: Limits, share: float, way: Way) -> Limits:
         left = start + (limit - start) * share if way == "linear" else start * (limit / start) ** share
         return max(round(left), limit)
 
-    return Limits(between(start.nonzero, end.nonzero), between(start.macs, end.macs))
+    return Limits(*(between(getattr(start, name), limit) for name, limit in end._asdict().items()))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, slow
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -256,19 +256,6 @@ def test_it_trains():
     (link,) = [each for each in units.links if (each.name, each.axis) == ("fc3.weight", 1)]
     own = dict(zip(network.places, network.parameters()))["fc3.weight"].grad
     torch.testing.assert_close(own, module.fc3.weight.grad[:, kept[link.units]], rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", slow("resnet18", "densenet121", "mobilenet_v2", "shufflenet_v2_x1_0", "vit_b_16"))
-def test_files_of_torchvision_networks(name, tmp_path):
-    torch.manual_seed(0)
-    module = zeroed(models.torchvision(name=name, input_shape=(3, 64, 64), num_classes=10), 0.3)
-    images = torch.rand(2, 3, 64, 64)
-    path = tmp_path / "compact.safetensors"
-    artifact.write(path, assert_same(module, images), About((3, 64, 64)))
-    with torch.no_grad():
-        expected = module(images)
-        for network in (sparsity.load(path), sparsity.load(path, dense=True)):
-            torch.testing.assert_close(network(images), expected, rtol=1e-4, atol=1e-5 * expected.abs().max().item())
 
 
 # --- tensors in few bytes --------------------------------------------------------------------------------------------

@@ -329,8 +329,8 @@ def test_a_ratio_is_the_largest_count_that_reaches_it(ratio, total):
 def test_the_tighter_of_two_limits_on_one_count_holds():
     dense = Counts(1000, 1000, 500, 500)
     limits = Budget(nonzero=300, compression=5.0, macs=100, macs_reduction=2.0).limits(dense)
-    assert limits == (200, 100)
-    assert Budget().limits(dense) == (None, None) and not Budget().given and Budget(macs=1).given
+    assert limits == Limits(200, 100)
+    assert Budget().limits(dense) == Limits(None, None) and not Budget().given and Budget(macs=1).given
 
 
 @pytest.mark.parametrize(("way", "half"), [("linear", 550), ("geometric", 316)])
@@ -403,21 +403,21 @@ def test_what_branches_has_no_least_macs():
             return self.last(units + self.second(units))
 
     case = Case("threshold", [Branches()], (4,))
-    (least,) = least_left(case.population, case.masks_of, FROM_ZERO, case.graph, with_macs=True)
+    (least,) = least_left(case.population, case.masks_of, FROM_ZERO, [Budget(macs=1)], case.graph)
     assert (least.nonzero, least.macs) == (0, 0)
     case.check(Budget(macs=1))
 
 
 def test_counts_of_a_population_as_it_stands():
     case = Case("threshold", [linear(torch.tensor([[0.0, 1], [2, 3]])), linear(torch.tensor([[0.0, 1], [0, 3]]))], (2,))
-    assert counts(case.population, case.graph, with_macs=False) == [Counts(3, 4), Counts(2, 4)]
-    assert counts(case.population, case.graph, with_macs=True) == [Counts(3, 4, 4, 4), Counts(2, 4, 2, 4)]
+    assert counts(case.population, case.graph, [Budget(nonzero=1)] * 2) == [Counts(3, 4), Counts(2, 4)]
+    assert counts(case.population, case.graph, [Budget(macs=1)] * 2) == [Counts(3, 4, 4, 4), Counts(2, 4, 2, 4)]
 
 
 def test_a_part_of_a_budget_is_on_the_way_from_the_dense_network():
     dense = Counts(700, 1000, None, 300)
-    assert PartOfBudget(nonzero=10, share=0.5).limits(dense) == (100, None)
-    assert PartOfBudget(nonzero=10, macs_reduction=3.0, share=0.5, way="linear").limits(dense) == (505, 200)
+    assert PartOfBudget(nonzero=10, share=0.5).limits(dense) == Limits(100, None)
+    assert PartOfBudget(nonzero=10, macs_reduction=3.0, share=0.5, way="linear").limits(dense) == Limits(505, 200)
     assert PartOfBudget(nonzero=10, share=1.0).limits(dense) == Budget(nonzero=10).limits(dense)
     halfway = part(PartOfBudget(nonzero=10, share=0.5), 0.5, dense, way="linear")
     assert halfway == Budget(nonzero=400)  # from what there is to the part of the budget
@@ -536,3 +536,46 @@ def test_what_went_on_the_way_to_a_budget_stays_gone(rule):
         left = sum(int(mask[member].sum()) for mask in weights.values())
         assert left == pruner.notes()[member]["budget"]["nonzero"] <= most
         assert left == most or shipped.structural
+
+
+BYTES = [
+    (["budget.bytes=20000", "stages=[pretrain,prune]"], 20_000),
+    *slow(
+        (["budget.bytes=30000", "model=lenet5", "recipe=iterative", "rounds=2"], 30_000),
+        (["budget.bytes=20000", "budget.compression=30", "stages=[pretrain,prune]"], 20_000),
+        (["budget.bytes=60000", "model=lenet5", "prune=group_std", "stages=[pretrain,prune]"], 60_000),
+        (["budget.bytes=30000", "model=lenet5", "recipe=gradual"], 30_000),
+    ),
+]
+
+
+@pytest.mark.parametrize(("overrides", "most"), BYTES, ids=str)
+def test_the_file_is_as_large_as_was_counted(run, tmp_path, overrides, most):
+    """At most 64 bytes smaller, by the digits of what its header says, and never larger."""
+    result = run(*overrides, "plots=false", "compact=true")
+    found = [stage["budget"] for stage in result["stages_run"] if stage["budget"]]
+    (path,) = tmp_path.rglob("compact.safetensors")
+    counted = found[-1]["bytes"]
+    assert counted <= most and counted - 64 <= path.stat().st_size <= counted
+    if "rounds=2" in overrides:
+        assert found[0]["bytes"] > 2 * most  # on the way
+    if "budget.compression=30" in overrides:
+        assert found[0]["compression"] >= 30
+
+
+def test_bytes_that_cannot_be_reached_are_refused_before_training(run):
+    with pytest.raises(
+        ConfigError, match=r"^budget.bytes=900 cannot be met: [\d,]+ bytes are left at the least, .*: raise it$"
+    ):
+        run("budget.bytes=900", "plots=false")
+
+
+def test_bytes_as_a_limit():
+    dense = Counts(1000, 1000, None, None, 9000, 9000)
+    limits = Budget(bytes=1000).limits(dense)
+    assert limits == Limits(None, None, 1000)
+    assert limits.hold(Counts(5, 1000, bytes=1000)) and not limits.hold(Counts(5, 1000, bytes=1001))
+    assert part(Budget(bytes=1000), 0.5, dense, way="linear") == Budget(bytes=5000)
+    assert part(Budget(bytes=1000), 0.5, dense, way="geometric") == Budget(bytes=3000)
+    assert PartOfBudget(bytes=1000, share=0.5).limits(dense) == Limits(None, None, 3000)
+    assert Budget(bytes=1000).turned(pruning="less") == "raise budget.bytes=1000"

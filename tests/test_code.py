@@ -180,6 +180,7 @@ FIRST = {
     "budgets": None,  # no budget is given
     "limits": None,
     "accounting": None,
+    "artifact": None,
 }  # the first stage that a change reaches
 
 
@@ -205,6 +206,8 @@ USED = [  # what a run is, a room, and the first stage that a change of it reach
     (("budget.nonzero=9",), "budgets", "prune"),
     (("budget.nonzero=9",), "limits", "prune"),
     (("budget.macs=9",), "accounting", "prune"),
+    (("budget.macs=9",), "artifact", None),
+    (("budget.bytes=9",), "artifact", "prune"),
     (("recipe=iterative", "rounds=2", "budget.nonzero=9"), "budgets", "prune"),
     (("recipe=iterative", "rounds=2"), "regularizers", "regularize"),
     (("recipe=magnitude",), "regularizers", None),
@@ -248,5 +251,7 @@ def test_code_that_counts_for_some_stages_is_imported_where_they_are_run_alone()
         known = {"stages/training.py", "stages/pruning.py", "experiment/checks.py"}
         also = {"accounting": {"budgets.py"}, "limits": {"budgets.py"}, "regularizers": {"stages/regularizing.py"}}
         also |= {"pruning": {"stages/regularizing.py", "experiment/keys.py"}}
-        also |= {"budgets": {"stages/adapting.py"}, "limits": {"budgets.py", "stages/adapting.py"}}
+        also |= {"budgets": {"stages/adapting.py"}}
+        also |= {"limits": {"budgets.py", "stages/adapting.py", "stages/sizing.py", "experiment/keys.py"}}
+        also["accounting"] |= {"stages/sizing.py"}
         assert found <= known | also.get(room, set()), room

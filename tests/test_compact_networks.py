@@ -174,6 +174,67 @@ def test_many_more_random_networks(first):
     assert_all(range(first, first + 50))
 
 
+class Tokens(nn.Module):
+    """Channels normalised each by itself with running statistics, as tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 6, 1), nn.InstanceNorm2d(6, affine=True, track_running_stats=True)
+        self.out = nn.Linear(6, 3)
+
+    def forward(self, images):
+        return self.out(self.norm(self.one(images)).relu().flatten(2).transpose(1, 2)).mean(1)
+
+
+class Turned(nn.Module):
+    """A matrix of its own behind channels that are turned to the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.matrix, self.out = nn.Conv1d(3, 6, 1), nn.Parameter(torch.rand(6, 5)), nn.Linear(5, 3)
+
+    def forward(self, images):
+        return self.out((self.one(images.flatten(2)).relu().transpose(1, 2) @ self.matrix).relu()).mean(1)
+
+
+def around():
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular"), nn.ReLU(),
+        nn.Conv2d(6, 6, 3, padding=(2, 1), padding_mode="circular"), nn.ReLU(), nn.Conv2d(6, 4, 3),
+    )  # fmt: skip
+
+
+def chosen(function):
+    class Chosen(nn.Module):
+        def forward(self, units):
+            return function(units)
+
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 5), Chosen(), nn.Linear(2, 3))
+
+
+BY_HAND = {  # and how many of the six units of the first layer are left of three that live
+    "circular padding": (around, 3),
+    "sorted": (lambda: chosen(lambda units: units.sort(1).values[:, :2]), 3),
+    "the largest": (lambda: chosen(lambda units: units.topk(2, 1).values), 3),
+    "a matrix behind turned channels": (Turned, 3),
+    "running statistics of instances": (Tokens, 6),  # which are laid out for each image
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_networks_that_say_little_of_their_channels(name):
+    torch.manual_seed(0)
+    make, left = BY_HAND[name]
+    module = make().double().eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if len(parameter) == 6 and parameter.shape != (6, 5):
+                parameter[::2] = 0
+    found = check(module, torch.rand(1, 3, 8, 8, dtype=torch.double))
+    first = next(iter(found.program.tensors.values()))
+    assert len(first) == left and bool(found.stays) == (left == 6)
+
+
 if __name__ == "__main__":
     for text in sys.argv[1:]:
         number = int(text)

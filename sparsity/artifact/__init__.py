@@ -6,7 +6,7 @@ from torch import nn
 
 from sparsity import weights
 from sparsity.artifact.cutting import Cut, cut
-from sparsity.artifact.file import NAME, About, Artifact, is_compact, read, write, write_state
+from sparsity.artifact.file import NAME, About, Artifact, is_compact, read, size, write, write_state
 from sparsity.artifact.program import Network, Program
 from sparsity.errors import WeightsError
 from sparsity.graph.tape import UnrecordableError
@@ -22,6 +22,7 @@ __all__ = [
     "cut",
     "load",
     "read",
+    "size",
     "write",
     "write_state",
 ]

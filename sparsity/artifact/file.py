@@ -13,12 +13,12 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._ops import OpOverload
 
 from sparsity import files
 from sparsity.artifact.coding import DTYPES, MOST_ENTRIES_A_BYTE, DamagedError, coded, decoded
-from sparsity.artifact.cutting import Cut, Place, empty, filled
+from sparsity.artifact.cutting import Cut, Place, cut, empty, filled
 from sparsity.artifact.program import Program, function_of, leaves
 from sparsity.errors import WeightsError, reason
 from sparsity.graph.tape import Batch, Call, Named, Ref, UnrecordableError
@@ -64,12 +64,25 @@ def _written(path: Path, content: bytes) -> dict[str, Any]:
 
 def write_state(path: Path, state: Tensors, about: About, trouble: str) -> dict[str, Any]:
     """Writes a file of weights alone, of a network whose recorded functions do not say everything, and why."""
+    return _written(path, packed_state(state, about, trouble))
+
+
+def packed_state(state: Tensors, about: About, trouble: str) -> bytes:
+    """The bytes of the file of weights alone."""
     tensors: Tensors = {}
     said = {}
     for name, tensor in state.items():
         said[name], parts = coded(name, tensor)
         tensors |= parts
-    return _written(path, _bytes({**_head(about), "calls": None, "trouble": trouble, "tensors": said}, tensors))
+    return _bytes({**_head(about), "calls": None, "trouble": trouble, "tensors": said}, tensors)
+
+
+def size(module: nn.Module, image: Tensor, about: About) -> int:
+    """The bytes of the file of a module, which takes images like one, [1, *shape]."""
+    try:
+        return len(packed(cut(module, image), about))
+    except Exception as error:  # as the file then holds weights alone
+        return len(packed_state(module.state_dict(), about, reason(error)))
 
 
 def packed(cut: Cut, about: About) -> bytes:

@@ -182,14 +182,14 @@ def last_uses(program: Program) -> list[list[int]]:
 
 
 def running(program: Program) -> set[str]:
-    """The names of statistics, which no gradient reaches."""
-    return {
-        leaf.name
-        for call in program.calls
-        if call.name == "batch_norm"
-        for leaf in call.args[1:3]
-        if isinstance(leaf, Named)
-    }
+    """The names of statistics, which no gradient reaches, also where they are laid out anew for a normalisation."""
+    found: set[Ref | Named] = set()
+    for call in reversed(program.calls):
+        if call.name == "batch_norm":
+            found |= {each for each in call.args[1:3] if each is not None}
+        elif any(Ref(out) in found for out in call.outs if out is not None):
+            found |= {leaf for leaf in leaves(call) if isinstance(leaf, (Ref, Named))}
+    return {each.name for each in found if isinstance(each, Named)}
 
 
 def leaves(call: Call) -> Iterable[Any]:

@@ -20,6 +20,7 @@ from sparsity.population import Population
 from sparsity.tensors import Tensors, nonzero
 
 log = logging.getLogger("sparsity")
+MOST_NAMES = 3  # of tensors, in a message
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Structure:
     def names(self, kinds: Sequence[int]) -> str:
         """The tensors that units of some kinds have entries of."""
         found = [link.name for link in self.units.links if bool(torch.isin(self.kinds[link.units], _ints(kinds)).any())]
-        return ", ".join(dict.fromkeys(found))
+        names = list(dict.fromkeys(found))
+        return ", ".join([*names[:MOST_NAMES], *(["…"] if len(names) > MOST_NAMES else [])])
 
     def without(self, kinds: Sequence[int]) -> Compacted:
         """The population without the dead units of some kinds."""

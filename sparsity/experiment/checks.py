@@ -20,6 +20,7 @@ from sparsity.stages.pruning import scored
 from sparsity.stages.quantizing import quantized_by
 from sparsity.stages.regularizing import penalty_of, shrink_of
 from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, thresholds_of
+from sparsity.stages.sizing import size_of
 from sparsity.stages.training import loss_of
 from sparsity.step import is_finite, try_step
 from sparsity.tensors import from_view, normalised, to_view
@@ -153,6 +154,7 @@ def _check_budget(stage: Planned, population: Population, context: Context) -> N
             sensitivity_range(stage.rules[0]),
             budgets,
             context.graph,
+            size_of(population, context, budgets),
         )
 
 

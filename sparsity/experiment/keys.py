@@ -9,6 +9,7 @@ from sparsity import store
 from sparsity.config import START, Run, Stage
 from sparsity.config.signatures import marked
 from sparsity.files import file_digest
+from sparsity.limits import Budget
 from sparsity.nodes import STATE, TEACHER, Call, Loss, Regularizer
 from sparsity.pruning.unit import entry
 
@@ -18,9 +19,9 @@ NO_NUMBERS = ("__init__", "callbacks", "config", "console", "errors", "files", "
 NO_NUMBERS += ("launcher", "memory", "nodes", "processes", "results", "store", "streams", "sweeper", "tables")
 NO_NUMBERS += ("experiment.__init__", "experiment.folder", "experiment.keys", "experiment.record")
 NO_NUMBERS += ("tracking", "experiment.closing", "experiment.job", "experiment.probing", "experiment.views")
-NO_NUMBERS += ("artifact", "exports", "csr", "experiment.compacting")
+NO_NUMBERS += ("exports", "csr", "experiment.compacting")
 # what counts in the stages that use it alone
-OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction")
+OF_SOME = ("regularizers", "shrinking", "pruning", "limits", "budgets", "accounting", "compaction", "artifact")
 
 READS = "weights"  # the room that counts where a file of weights is read
 
@@ -76,6 +77,8 @@ def _own(stage: Stage) -> dict[str, Any]:
     called = [stage.call.target, *(call.target for value in given.values() for call in _calls(value))]
     rooms = {target.split(".")[1] for target in called if target.startswith("sparsity.")}
     rooms |= {"limits", "budgets", "accounting"} if "budget" in numbers else set()
+    budget = stage.call.numbers.get("budget")
+    rooms |= {"artifact"} if isinstance(budget, Budget) and budget.limits_bytes else set()
     rooms |= {"compaction"} if numbers.get("hold") == "zeros" else set()
     losses = [value for value in stage.call.numbers.values() if isinstance(value, Loss)]
     rooms |= {READS} if any(loss.teacher for loss in losses) else set()

@@ -96,6 +96,8 @@ _KNOWN = (
             "native_group_norm",
             "argmax",
             "argmin",
+            "sort",
+            "topk",
         ),
     )
     - _RANDOM

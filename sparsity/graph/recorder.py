@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, register_flop_formula, sdpa_flop_count
@@ -62,17 +64,36 @@ def recorded(module: nn.Module, images: Tensor) -> "Recorder":
 
 @contextlib.contextmanager
 def op_by_op() -> Iterator[None]:
-    """Attention and recurrent layers op by op: fused, each is one function that says nothing of what it does."""
+    """Attention, recurrent layers and circular padding op by op: as one function each says nothing of what it does."""
     libraries = (torch.backends.mkldnn, torch.backends.cudnn)
     before = [library.enabled for library in libraries]  # their flags() sets, and warns of, more than this
     for library in libraries:
         library.enabled = False
     try:
-        with attention_in_parts():
+        with attention_in_parts(), _PadsInParts():
             yield
     finally:
         for library, enabled in zip(libraries, before):
             library.enabled = enabled
+
+
+class _PadsInParts(TorchFunctionMode):
+    """Circular padding as a concatenation: torch writes it into slices of a new tensor, which hides its source."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        mode = kwargs.get("mode", args[2] if len(args) > 2 else "constant") if function is F.pad else None
+        if mode != "circular":
+            return function(*args, **kwargs)
+        images, widths = args[0], kwargs.get("pad", args[1] if len(args) > 1 else ())
+        for axis in range(len(widths) // 2):
+            dim, (before, after) = images.ndim - 1 - axis, widths[2 * axis : 2 * axis + 2]
+            size = images.shape[dim]
+            if not (0 <= before <= size and 0 <= after <= size):  # torch's own words on what it does not pad
+                return function(*args, **kwargs)
+            parts = [images.narrow(dim, size - before, before), images, images.narrow(dim, 0, after)]
+            images = torch.cat([part for part in parts if part.shape[dim]], dim)
+        return images
 
 
 @contextlib.contextmanager

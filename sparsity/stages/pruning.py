@@ -18,6 +18,7 @@ from sparsity.stages.context import MASKED, Context, Outcome
 from sparsity.stages.regularizing import penalty_of
 from sparsity.stages.rules import AppliedRule, Scores, masks_of, rule_of, scores_of, stds_of, thresholds_of
 from sparsity.stages.scoring import computed
+from sparsity.stages.sizing import size_of
 from sparsity.step import CROSS_ENTROPY, Loss
 from sparsity.tensors import Tensors, denormals_kept, nonzero
 
@@ -88,6 +89,7 @@ class Pruner:
         self.rule = rule_of(rules, [number or 0.0 for number in self.given], population)
         self.interval = sensitivity_range(rules[0])
         self.budgets = [budget for budget in budgets or [] if budget is not None]
+        self.size_of = size_of(population, context, self.budgets)
         self.masked = tuple(population.masks)
         self.start: list[Counts] = []  # what there was at first
         self.met: Met | None = None
@@ -133,8 +135,7 @@ class Pruner:
         budgets, enough = self.budgets, None
         if share < 1 or of_rounds < 1:
             if not self.start:
-                with_macs = any(budget.limits_macs for budget in budgets)
-                self.start = counts(population, graph, with_macs=with_macs)
+                self.start = counts(population, graph, budgets, self.size_of)
             pairs = list(zip(budgets, self.start))
             budgets = [part(budget, share, start, way="linear") for budget, start in pairs]
             budgets = [part(budget, of_rounds, start, way="geometric") for budget, start in zip(budgets, self.start)]
@@ -149,6 +150,7 @@ class Pruner:
             budgets,
             graph,
             enough=enough,
+            size_of=self.size_of,
         )
 
     def _held(self, population: Population) -> Tensors:
@@ -219,5 +221,5 @@ def _holds_by_zeros(reached: Reached) -> bool:
     """Whether nothing had to go for a budget that the dense network is above."""
     left = reached.left
     limits = reached.budget.limits(left)
-    above = [(limits.nonzero, left.total), (limits.macs, left.dense_macs)]
+    above = [(limits.nonzero, left.total), (limits.macs, left.dense_macs), (limits.bytes, left.dense_bytes)]
     return reached.is_idle and any(limit is not None and limit < dense for limit, dense in above)
