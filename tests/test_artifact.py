@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import ROOT
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch import nn
@@ -263,6 +263,7 @@ def test_it_trains():
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 40), max_size=3), st.sampled_from([0.0, 0.001, 0.02, 0.3, 1.0]), st.sampled_from(DTYPES))
 def test_a_tensor_is_what_it_was_bit_for_bit(shape, density, dtype):
     generator = torch.Generator().manual_seed(len(shape))
@@ -318,6 +319,97 @@ def test_parts_that_are_not_what_is_said(change):
         decoded("w", about | change, parts)
     with pytest.raises(DamagedError):
         decoded("w", about, {})
+
+
+def in_few_values(form, shape=(12, 40), density=0.3):
+    """A tensor of 8 values, or of whole numbers times a scale of each output or input."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.randn(shape, generator=generator) * (torch.rand(shape, generator=generator) < density)
+    if form == "book":
+        return (drawn * 2).round().clamp(-4, 4) * 0.1 + 0.0
+    scale = drawn.abs().amax([axis for axis in range(drawn.ndim) if axis != form], keepdim=True) / 127
+    return (drawn / scale.clamp_min(1e-9)).round() * scale + 0.0
+
+
+FORMS = {"book": "book", "outputs": 0, "inputs": 1}
+
+
+@pytest.mark.parametrize("density", [0.01, 0.3, 1.0])
+@pytest.mark.parametrize("shape", [(300, 784), (20, 30, 5, 5)])
+@pytest.mark.parametrize("form", FORMS)
+def test_few_values_are_kept_by_codes(form, shape, density):
+    tensor = in_few_values(FORMS[form], shape, density)
+    for each in (tensor, tensor[:, 3:], tensor[5:]):  # whose largest entries may have gone
+        about, parts = coded("w", each)
+        assert torch.equal(decoded("w", json.loads(json.dumps(about)), parts).view(torch.int32), each.view(torch.int32))
+        there = int((each != 0).sum())
+        assert about["values"]["form"] == ("book" if form == "book" else "scaled")
+        size = sum(part.nbytes for name, part in parts.items() if not name.endswith((".bits", ".gaps")))
+        assert size < (0.5 if form == "book" else 1.0) * there + 4 * max(shape[:2]) + 40
+
+
+def test_numbers_of_their_own_are_kept_as_they_are():
+    tensor = torch.rand(40, 50)
+    off = in_few_values(0)
+    off *= 1 + 1e-5 * torch.rand(off.shape)
+    for each in (tensor, tensor.double(), off, torch.full((3, 3), 1e-42), torch.full((40, 9), torch.nan)):
+        about, parts = coded("w", each)
+        found = decoded("w", about, parts)
+        same = found.isnan() & each.isnan() | (found == each)
+        assert same.all() and about.get("values", {}).get("form") != "scaled"
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": {"form": "secret"}},
+        {"values": "book"},
+        {"values": {"deflated": 10**15}},
+        {"values": {"deflated": 3}},
+        {"values": {"deflated": "x"}},
+        {"values": {"axis": 5}},
+        {"values": {"axis": [0]}},
+        {"shape": [7, 7]},
+        {"form": "dense"},
+        {"form": "places"},
+        {"form": "values"},
+        {"dtype": "float64"},
+        {"dtype": "int64"},
+    ],
+)
+def test_codes_that_are_not_what_is_said(form, change):
+    about, parts = coded("w", in_few_values(FORMS[form], (100, 300), 0.05))
+    if isinstance(change.get("values"), dict):
+        if "axis" in change["values"] and form == "book":
+            return
+        change = {"values": about["values"] | change["values"]}
+    for said, some in (
+        (about | change, parts),
+        (about, {}),
+        *((about, {**parts, name: parts[name][:-1]}) for name in parts),
+    ):
+        with pytest.raises(DamagedError):
+            decoded("w", said, some)
+    with pytest.raises(DamagedError):
+        decoded("w", about, {name: part.double() for name, part in parts.items()})
+
+
+def test_a_file_of_codes_is_of_a_format_of_its_own(written, monkeypatch, tmp_path):
+    path, module = written
+    assert described(path)["format"] == 1  # as older programs read it
+    for name in ("fc1", "fc2", "fc3"):
+        weight = getattr(module, name).weight
+        weight.data.copy_(in_few_values("book", tuple(weight.shape)))
+    artifact.write(path, cut(module, torch.rand(1, 1, 28, 28)), About((1, 28, 28)))
+    assert described(path)["format"] == 2
+    images = torch.rand(5, 1, 28, 28)
+    with torch.no_grad():
+        for each in (sparsity.load(path), sparsity.load(path, dense=True)):
+            torch.testing.assert_close(each(images), module(images), rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(file, "FORMAT", 1)
+    with pytest.raises(WeightsError, match="is of format 2, which is newer than this program's 1"):
+        sparsity.load(path)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -470,6 +562,10 @@ def bombs():
     yield "gaps", {**how, "form": "gaps"}, {"w.values": one, "w.gaps": zeros}
     yield "more than is said", {**how, "deflated": 10, "shape": [80], "form": "bits"}, {"w.values": one, "w.bits": ones}
     yield "cut short", {**how, "form": "bits"}, {"w.values": one, "w.bits": ones[:500]}
+    coded = {"w.codes": zeros, "w.book": one, "w.gaps": torch.zeros(1, dtype=torch.uint8)}
+    for name, said in (("codes", 10**7), ("more codes than entries", 10**9), ("more codes than are said", 10)):
+        about = {**how, "form": "gaps", "values": {"form": "book", "deflated": said}}
+        yield name, {key: value for key, value in about.items() if key != "deflated"}, coded
 
 
 @pytest.mark.parametrize("bomb", [pytest.param(bomb[1:], id=bomb[0]) for bomb in bombs()])

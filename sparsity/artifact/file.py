@@ -26,7 +26,7 @@ from sparsity.tensors import Tensors
 from sparsity.weights.foreign import begins_as_safetensors, no_file
 
 KEY = "sparsity.compact"  # in a safetensors file's metadata: JSON of all but the tensors
-FORMAT = 1
+FORMAT = 2  # the newest that is read; 1 where no values are kept by codes
 NAME = "compact.safetensors"
 DEEPEST = 8  # lists in lists that a call is given
 LIES = (
@@ -74,7 +74,7 @@ def packed_state(state: Tensors, about: About, trouble: str) -> bytes:
     for name, tensor in state.items():
         said[name], parts = coded(name, tensor)
         tensors |= parts
-    return _bytes({**_head(about), "calls": None, "trouble": trouble, "tensors": said}, tensors)
+    return _bytes({**_head(about, said), "calls": None, "trouble": trouble, "tensors": said}, tensors)
 
 
 def size(module: nn.Module, image: Tensor, about: About) -> int:
@@ -104,12 +104,12 @@ def packed(cut: Cut, about: About) -> bytes:
     gone = cut.whole.tensors.keys() - {place.name for place in cut.places.values()}
     dtypes = {name: _dtype(tensor) for name, tensor in cut.whole.tensors.items() if name in gone}
     whole_network = {"calls": dense, "output": cut.whole.output.number, "sizes": whole, "dtypes": dtypes}
-    return _bytes({**_head(about), **network, "dense": whole_network}, tensors)
+    return _bytes({**_head(about, said), **network, "dense": whole_network}, tensors)
 
 
-def _head(about: About) -> dict[str, Any]:
+def _head(about: About, said: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {
-        "format": FORMAT,
+        "format": FORMAT if any("values" in how for how in said.values()) else 1,
         "input_shape": list(about.input_shape),
         "classes": about.classes and list(about.classes),
         "mean": about.mean and list(about.mean),
