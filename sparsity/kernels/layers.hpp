@@ -110,7 +110,7 @@ class Linear {
     for (int v = range.begin; v < range.end; v++) turn_images(x + int64_t(v) * IN * LANES, &turned[int64_t(v) * LANES * WIDTH]);
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     std::memset(dx + int64_t(range.begin) * IN * LANES, 0, int64_t(range.end - range.begin) * IN * LANES * sizeof(float));
     if (!weight.is_listed()) return product<IN, OUT>(weight.row(0), 1, IN, dy, dx, range);
     in_pieces_of<8>(range, [&](auto width, int v) {
@@ -222,6 +222,9 @@ class Linear {
 };
 
 // A convolution of maps that are padded already, in one group.
+//
+// After ReLU and pooling most gradients of its outputs are 0. Where a row of the kernel is long enough to be vectors
+// itself, the backward pass gathers the others alone, from images and weights whose channels lie last.
 template <int CHANNELS, int HEIGHT, int WIDTH, int FILTERS, int KH, int KW, int SH, int SW, int DH, int DW, bool HAS_BIAS = true>
 class Convolution {
  public:
@@ -232,10 +235,21 @@ class Convolution {
   Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
   double value() const { return penalty + bias.value; }
   int64_t products() const { return weight.left() * OH * OW; }
-  void resize(int) {}
-  void begin(int) {
+  void resize(int vectors) {
+    most = vectors * LANES * OH * OW;
+    if (GATHERS && !weight.is_listed()) images.resize(int64_t(vectors) * LANES * INPUTS + ROW);
+  }
+  void begin(int threads) {
     places.resize(weight.size());
     for (int e = 0; e < weight.size(); e++) places[e] = place(weight.inputs[e]);
+    gathered.resize(threads);
+    if (!GATHERS || weight.is_listed()) return;
+    kernels.resize(FILTERS * KH * ROW);
+    for (int o = 0; o < FILTERS; o++) keep_kernel(o);
+    for (auto& each : gathered) {
+      each.offsets.resize(std::max(most, FILTERS * LANES)), each.values.resize(std::max(most, FILTERS * LANES));
+      each.images.resize(LANES * INPUTS + ROW), each.rows.resize(KH * ROW);
+    }
   }
 
   void forward(const float* x, float* y, Range range) {
@@ -244,13 +258,18 @@ class Convolution {
       float* out = y + int64_t(v) * OUTPUTS * LANES;
       if (weight.is_listed()) for (int o = 0; o < FILTERS; o++) forward_list(in, out, o);
       else in_pieces<FILTERS, TILE>([&](auto tile, int o) { forward_tile<tile>(in, out, o); });
+      if (GATHERS && !weight.is_listed()) put_channels_last(in, &images[int64_t(v) * LANES * INPUTS]);
     }
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int thread) {
     for (int v = range.begin; v < range.end; v++) {
       const float* from = dy + int64_t(v) * OUTPUTS * LANES;
       float* to = dx + int64_t(v) * INPUTS * LANES;
+      if (GATHERS && !weight.is_listed()) {
+        gather_inputs(from, to, gathered[thread]);
+        continue;
+      }
       std::memset(to, 0, INPUTS * LANES * sizeof(float));
       if (weight.is_listed()) backward_list(from, to);
       else in_pieces<CHANNELS, std::min(TILE, CHANNELS)>([&](auto tile, int c) { backward_tile<tile>(from, to, c); });
@@ -265,18 +284,16 @@ class Convolution {
     const int first = weight.first_row(share), last = weight.last_row(share);
     if (!weight.is_listed()) {
       for (int o = first; o < last; o++) {
-        for (int c = 0; c < CHANNELS; c++)
-          for (int kh = 0; kh < KH; kh++)
-            in_pieces<KW, std::min(KW, 8)>([&](auto tile, int kw) {
-              gradients<tile>(x, dy, vectors, o, place((c * KH + kh) * KW + kw), DW, gradient + (c * KH + kh) * KW + kw);
-            });
+        if constexpr (GATHERS) gather_weights(dy, vectors, o, gathered[share.thread], gradient);
+        else gradients_of_row(x, dy, vectors, o, gradient);
         weight.move_row(step, rule, slope, o, gradient);
+        if constexpr (GATHERS) keep_kernel(o);
       }
       return;
     }
     for (int begin = weight.starts[first]; begin < weight.starts[last]; begin += CHUNK) {
       const int end = std::min(weight.starts[last], begin + CHUNK);
-      for (int e = begin; e < end; e++) gradients<1>(x, dy, vectors, weight.outputs[e], places[e], 0, gradient + e - begin);
+      for (int e = begin; e < end; e++) gradients<1, 1>(x, dy, vectors, weight.outputs[e], places[e], gradient + e - begin);
       weight.move_list(step, rule, slope, begin, end, gradient);
     }
   }
@@ -370,28 +387,156 @@ class Convolution {
     }
   }
 
-  // gradients[k] = Σ dy[o] * x, from a first input on, over positions and images; k taps that lie so far apart.
-  template <int N>
-  static void gradients(const float* x, const float* dy, int vectors, int o, int first, int apart, float* to) {
-    Vec sums[N] = {};
+  // The gradients of a filter, some rows of its kernel at once.
+  static void gradients_of_row(const float* x, const float* dy, int vectors, int o, float* gradient) {
+    for (int c = 0; c < CHANNELS; c++)
+      in_pieces<KW, std::min(KW, 8)>([&](auto taps, int kw) {
+        constexpr int N = taps;
+        in_pieces<KH, std::clamp(SUMS / N, 1, KH)>([&](auto rows, int kh) {
+          constexpr int R = rows;
+          float found[R * N];
+          gradients<R, N>(x, dy, vectors, o, place((c * KH + kh) * KW + kw), found);
+          for (int r = 0; r < R; r++) std::copy(found + r * N, found + (r + 1) * N, gradient + (c * KH + kh + r) * KW + kw);
+        });
+      });
+  }
+
+  // Σ dy[o] * x over positions and images, for rows of taps from a first input on.
+  template <int R, int N>
+  static void gradients(const float* x, const float* dy, int vectors, int o, int first, float* to) {
+    Vec sums[R][N] = {};
     for (int v = 0; v < vectors; v++) {
       const float* out = dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES;
       for (int row = 0; row < OH; row++) {
         const float* in = x + (int64_t(v) * INPUTS + first + row * SH * WIDTH) * LANES;
         for (int column = 0; column < OW; column++, out += LANES, in += SW * LANES) {
           const Vec each = load(out);
-          for (int k = 0; k < N; k++) sums[k] += each * load(in + k * apart * LANES);
+          for (int r = 0; r < R; r++)
+            for (int k = 0; k < N; k++) sums[r][k] += each * load(in + (r * DH * WIDTH + k * DW) * LANES);
         }
       }
     }
-    for (int k = 0; k < N; k++) to[k] = sum(sums[k]);
+    for (int r = 0; r < R; r++)
+      for (int k = 0; k < N; k++) to[r * N + k] = sum(sums[r][k]);
   }
+
+  // --- gathering what is not 0 ------------------------------------------------------------------------------------------
+
+  // Of one thread: gradients that are not 0, where what they go with lies, and what they come to.
+  struct Gathered {
+    std::vector<int> offsets;
+    std::vector<float> values;
+    Array<float> images, rows;
+  };
+
+  static constexpr bool GATHERS = DW == 1 && CHANNELS * KW >= 2 * LANES;
+  static constexpr int ROW = up_to(CHANNELS * KW, LANES);  // a row of a kernel, channels last
+
+  static void put_channels_last(const float* x, float* to) {
+    for (int first = 0; first < INPUTS; first += LANES) {
+      Vec rows[LANES] = {};
+      for (int k = 0; k < std::min(LANES, INPUTS - first); k++) rows[k] = load(x + unit(first + k) * LANES);
+      turn<Vec, LANES>(rows);
+      for (int lane = 0; lane < LANES; lane++)
+        std::memcpy(to + lane * INPUTS + first, &rows[lane], std::min(LANES, INPUTS - first) * sizeof(float));
+    }
+  }
+
+  static void put_channels_first(const float* from, float* dx) {
+    for (int first = 0; first < INPUTS; first += LANES) {
+      Vec rows[LANES];
+      for (int lane = 0; lane < LANES; lane++) rows[lane] = load(from + lane * INPUTS + first);
+      turn<Vec, LANES>(rows);
+      for (int k = 0; k < std::min(LANES, INPUTS - first); k++) store(dx + unit(first + k) * LANES, rows[k]);
+    }
+  }
+
+  // The unit that lies at a place where channels lie last.
+  static constexpr int unit(int place) { return place % CHANNELS * (HEIGHT * WIDTH) + place / CHANNELS; }
+
+  // The kernel of a filter with channels last, zeros behind each row.
+  void keep_kernel(int o) {
+    const float* w = weight.row(o);
+    float* to = &kernels[o * KH * ROW];
+    for (int c = 0; c < CHANNELS; c++)
+      for (int kh = 0; kh < KH; kh++)
+        for (int kw = 0; kw < KW; kw++) to[kh * ROW + kw * CHANNELS + c] = *w++;
+  }
+
+  // sums[kh][i] += values[e] * from[offsets[e] + kh * row + i]
+  static void gather(const float* from, int row, const int* offsets, const float* values, int count, float* sums, int sums_row) {
+    constexpr int V = ROW / LANES, WIDE = std::min(V, SUMS);
+    in_pieces<V, WIDE>([&](auto width, int v) {
+      constexpr int N = width;
+      in_pieces<KH, std::clamp(SUMS / N, 1, KH)>([&](auto tall, int kh) {
+        constexpr int R = tall;
+        const float* start = from + kh * row + v * LANES;
+        float* to = sums + kh * sums_row + v * LANES;
+        Vec found[R][N];
+        for (int r = 0; r < R; r++)
+          for (int k = 0; k < N; k++) found[r][k] = load(to + r * sums_row + k * LANES);
+        for (int e = 0; e < count; e++) {
+          const float each = values[e];
+          const float* own = start + offsets[e];
+          for (int r = 0; r < R; r++)
+            for (int k = 0; k < N; k++) found[r][k] += each * load(own + r * row + k * LANES);
+        }
+        for (int r = 0; r < R; r++)
+          for (int k = 0; k < N; k++) store(to + r * sums_row + k * LANES, found[r][k]);
+      });
+    });
+  }
+
+  void gather_weights(const float* dy, int vectors, int o, Gathered& own, float* gradient) const {
+    int count = 0;
+    for (int v = 0; v < vectors; v++) {
+      const float* from = dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES;
+      for (int position = 0; position < OH * OW; position++, from += LANES)
+        for (uint32_t left = other_than_zero(load(from)); left; left &= left - 1) {
+          const int lane = __builtin_ctz(left);
+          own.offsets[count] = (v * LANES + lane) * INPUTS + corner(position);
+          own.values[count++] = from[lane];
+        }
+    }
+    float* rows = own.rows.get();
+    std::memset(rows, 0, KH * ROW * sizeof(float));
+    gather(images.get(), DH * WIDTH * CHANNELS, own.offsets.data(), own.values.data(), count, rows, ROW);
+    for (int c = 0; c < CHANNELS; c++)
+      for (int kh = 0; kh < KH; kh++)
+        for (int kw = 0; kw < KW; kw++) *gradient++ = rows[kh * ROW + kw * CHANNELS + c];
+  }
+
+  void gather_inputs(const float* dy, float* dx, Gathered& own) const {
+    float* images = own.images.get();
+    std::memset(images, 0, LANES * INPUTS * sizeof(float));
+    for (int position = 0; position < OH * OW; position++) {
+      int counts[LANES] = {};
+      for (int o = 0; o < FILTERS; o++) {
+        const float* from = dy + (o * OH * OW + position) * LANES;
+        for (uint32_t left = other_than_zero(load(from)); left; left &= left - 1) {
+          const int lane = __builtin_ctz(left), place = lane * FILTERS + counts[lane]++;
+          own.offsets[place] = o * KH * ROW, own.values[place] = from[lane];
+        }
+      }
+      for (int lane = 0; lane < LANES; lane++)
+        if (counts[lane])
+          gather(kernels.get(), ROW, &own.offsets[lane * FILTERS], &own.values[lane * FILTERS], counts[lane],
+                 images + lane * INPUTS + corner(position), DH * WIDTH * CHANNELS);
+    }
+    put_channels_first(images, dx);
+  }
+
+  // Where the window of an output begins, channels last.
+  static constexpr int corner(int position) { return (position / OW * SH * WIDTH + position % OW * SW) * CHANNELS; }
 
   static constexpr int COLUMNS = CHANNELS * KH * KW;
   Parameter weight{FILTERS, COLUMNS, KH * KW};
   Bias<FILTERS, OH * OW> bias;
   double penalty = 0;
   std::vector<int> places;  // of a list's entries: the first input that each reads
+  int most = 0;             // outputs of a filter for a batch
+  Array<float> images, kernels;  // with channels last
+  std::vector<Gathered> gathered;
 };
 
 // What layers without parameters have in common.
@@ -422,7 +567,7 @@ class Rectifier : public Plain<UNITS, UNITS> {
     }
   }
 
-  void backward(const float*, const float* y, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float* y, const float* dy, float* dx, Range range, int) {
     for (int64_t at = int64_t(range.begin) * UNITS * LANES; at < int64_t(range.end) * UNITS * LANES; at += LANES) {
       const Vec out = load(y + at), gradient = load(dy + at);
       store(dx + at, out <= 0.f ? (SLOPE ? slope * gradient : Vec{}) : gradient);
@@ -441,7 +586,7 @@ class Padding : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*(HEIGHT + 2 * P
     }
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     for (int v = range.begin; v < range.end; v++)
       for (int row = 0; row < CHANNELS * HEIGHT; row++) std::memcpy(dx + inner(v, row), dy + outer(v, row), BYTES);
   }
@@ -487,7 +632,7 @@ class Pooling : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*((HEIGHT - KH) 
     });
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     const int64_t size = int64_t(Pooling::INPUTS) * LANES;
     std::memset(dx + range.begin * size, 0, (range.end - range.begin) * size * sizeof(float));
     each(range, [&](int64_t in, int64_t out) {

@@ -212,14 +212,14 @@ class Network {
       std::memcpy(outputs, output<COUNT - 1>() + v * size, size * sizeof(float));
       losses[v] = cross_entropy<CLASSES>(outputs, batch, v);
     }
-    back<COUNT - 1>(range);
+    back<COUNT - 1>(range, share.thread);
   }
 
   template <int I>
-  void back(Range range) {
+  void back(Range range, int thread) {
     if constexpr (I > FIRST) {
-      std::get<I>(layers).backward(input<I>(), output<I>(), slope<I>(), slope<I - 1>(), range);
-      back<I - 1>(range);
+      std::get<I>(layers).backward(input<I>(), output<I>(), slope<I>(), slope<I - 1>(), range, thread);
+      back<I - 1>(range, thread);
     }
   }
 
