@@ -80,10 +80,15 @@ class Bias {
     if (share.thread != share.threads - 1) return;
     float* gradient = parameter.gradient(share);
     for (int o = 0; o < OUT; o++) {
-      Vec total{};
+      constexpr int APART = std::min(POSITIONS, 8);  // sums that do not wait for each other
+      Vec sums[APART] = {};
       for (int v = 0; v < vectors; v++)
-        for (int p = 0; p < POSITIONS; p++) total += load(dy + ((int64_t(v) * OUT + o) * POSITIONS + p) * LANES);
-      gradient[o] = sum(total);
+        in_pieces<POSITIONS, APART>([&](auto piece, int p) {
+          const float* from = dy + ((int64_t(v) * OUT + o) * POSITIONS + p) * LANES;
+          for (int k = 0; k < piece; k++) sums[k] += load(from + k * LANES);
+        });
+      for (int k = 1; k < APART; k++) sums[0] += sums[k];
+      gradient[o] = sum(sums[0]);
     }
     parameter.move_row(step, rule, slope, 0, gradient);
   }
@@ -95,7 +100,7 @@ template <int IN, int OUT, bool HAS_BIAS = true>
 class Linear {
  public:
   static constexpr int INPUTS = IN, OUTPUTS = OUT, PARAMETERS = 1 + HAS_BIAS;
-  static constexpr bool IN_PLACE = false;
+  static constexpr bool IN_PLACE = false, IS_WIDE = true;
 
   Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
   double value() const { return penalty + bias.value; }
@@ -230,13 +235,12 @@ class Convolution {
  public:
   static constexpr int OH = (HEIGHT - DH * (KH - 1) - 1) / SH + 1, OW = (WIDTH - DW * (KW - 1) - 1) / SW + 1;
   static constexpr int INPUTS = CHANNELS * HEIGHT * WIDTH, OUTPUTS = FILTERS * OH * OW, PARAMETERS = 1 + HAS_BIAS;
-  static constexpr bool IN_PLACE = false;
+  static constexpr bool IN_PLACE = false, IS_WIDE = false;
 
   Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
   double value() const { return penalty + bias.value; }
   int64_t products() const { return weight.left() * OH * OW; }
   void resize(int vectors) {
-    most = vectors * LANES * OH * OW;
     if (GATHERS && !weight.is_listed()) images.resize(int64_t(vectors) * LANES * INPUTS + ROW);
   }
   void begin(int threads) {
@@ -247,8 +251,9 @@ class Convolution {
     kernels.resize(FILTERS * KH * ROW);
     for (int o = 0; o < FILTERS; o++) keep_kernel(o);
     for (auto& each : gathered) {
-      each.offsets.resize(std::max(most, FILTERS * LANES)), each.values.resize(std::max(most, FILTERS * LANES));
-      each.images.resize(LANES * INPUTS + ROW), each.rows.resize(KH * ROW);
+      each.offsets.resize(FILTERS * OH * OW), each.values.resize(FILTERS * OH * OW), each.starts.resize(OH * OW + 1);
+      each.image.resize(LANES * INPUTS + ROW), each.rows.resize(FILTERS * KH * ROW);
+      each.slopes.resize(LANES * std::max(FILTERS * up_to(OH * OW, LANES), OH * OW * up_to(FILTERS, LANES)));
     }
   }
 
@@ -283,8 +288,9 @@ class Convolution {
     float* gradient = weight.gradient(share);
     const int first = weight.first_row(share), last = weight.last_row(share);
     if (!weight.is_listed()) {
+      if constexpr (GATHERS) gather_weights(dy, vectors, first, last, gathered[share.thread]);
       for (int o = first; o < last; o++) {
-        if constexpr (GATHERS) gather_weights(dy, vectors, o, gathered[share.thread], gradient);
+        if constexpr (GATHERS) put_in_order(&gathered[share.thread].rows[(o - first) * KH * ROW], gradient);
         else gradients_of_row(x, dy, vectors, o, gradient);
         weight.move_row(step, rule, slope, o, gradient);
         if constexpr (GATHERS) keep_kernel(o);
@@ -422,11 +428,12 @@ class Convolution {
 
   // --- gathering what is not 0 ------------------------------------------------------------------------------------------
 
-  // Of one thread: gradients that are not 0, where what they go with lies, and what they come to.
+  // Of one thread: the outputs' gradients of some images, those that are not 0 and what they go with, and what they come
+  // to, for the inputs and for the kernels.
   struct Gathered {
-    std::vector<int> offsets;
+    Array<float> slopes, image, rows;
+    std::vector<int> offsets, starts;
     std::vector<float> values;
-    Array<float> images, rows;
   };
 
   static constexpr bool GATHERS = DW == 1 && CHANNELS * KW >= 2 * LANES;
@@ -463,67 +470,108 @@ class Convolution {
         for (int kw = 0; kw < KW; kw++) to[kh * ROW + kw * CHANNELS + c] = *w++;
   }
 
-  // sums[kh][i] += values[e] * from[offsets[e] + kh * row + i]
+  // sums[kh][i] += values[e] * from[offsets[e] + kh * row + i], for R rows.
+  template <int R>
   static void gather(const float* from, int row, const int* offsets, const float* values, int count, float* sums, int sums_row) {
-    constexpr int V = ROW / LANES, WIDE = std::min(V, SUMS);
-    in_pieces<V, WIDE>([&](auto width, int v) {
+    constexpr int V = ROW / LANES;
+    in_pieces<V, std::min(V, SUMS)>([&](auto width, int v) {
       constexpr int N = width;
-      in_pieces<KH, std::clamp(SUMS / N, 1, KH)>([&](auto tall, int kh) {
-        constexpr int R = tall;
-        const float* start = from + kh * row + v * LANES;
-        float* to = sums + kh * sums_row + v * LANES;
-        Vec found[R][N];
+      const float* start = from + v * LANES;
+      float* to = sums + v * LANES;
+      Vec found[R][N];
+      for (int r = 0; r < R; r++)
+        for (int k = 0; k < N; k++) found[r][k] = load(to + r * sums_row + k * LANES);
+      for (int e = 0; e < count; e++) {
+        const float each = values[e];
+        const float* own = start + offsets[e];
         for (int r = 0; r < R; r++)
-          for (int k = 0; k < N; k++) found[r][k] = load(to + r * sums_row + k * LANES);
-        for (int e = 0; e < count; e++) {
-          const float each = values[e];
-          const float* own = start + offsets[e];
-          for (int r = 0; r < R; r++)
-            for (int k = 0; k < N; k++) found[r][k] += each * load(own + r * row + k * LANES);
-        }
-        for (int r = 0; r < R; r++)
-          for (int k = 0; k < N; k++) store(to + r * sums_row + k * LANES, found[r][k]);
-      });
+          for (int k = 0; k < N; k++) found[r][k] += each * load(own + r * row + k * LANES);
+      }
+      for (int r = 0; r < R; r++)
+        for (int k = 0; k < N; k++) store(to + r * sums_row + k * LANES, found[r][k]);
     });
   }
 
-  void gather_weights(const float* dy, int vectors, int o, Gathered& own, float* gradient) const {
-    int count = 0;
+  // The gradients of the filters first..last, one image after the other, so that it stays in the fastest cache.
+  void gather_weights(const float* dy, int vectors, int first, int last, Gathered& own) const {
+    constexpr int POSITIONS = up_to(OH * OW, LANES);
+    std::memset(own.rows.get(), 0, int64_t(last - first) * KH * ROW * sizeof(float));
     for (int v = 0; v < vectors; v++) {
-      const float* from = dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES;
-      for (int position = 0; position < OH * OW; position++, from += LANES)
-        for (uint32_t left = other_than_zero(load(from)); left; left &= left - 1) {
-          const int lane = __builtin_ctz(left);
-          own.offsets[count] = (v * LANES + lane) * INPUTS + corner(position);
-          own.values[count++] = from[lane];
+      for (int o = first; o < last; o++)
+        put_images_first<OH * OW>(dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES, 1, &own.slopes[(o - first) * POSITIONS],
+                                  (last - first) * POSITIONS);
+      for (int lane = 0; lane < LANES; lane++)
+        for (int o = first; o < last; o++) {
+          int count = 0;
+          for_each_other_than_zero<POSITIONS>(&own.slopes[(lane * (last - first) + o - first) * POSITIONS], [&](int position, float value) {
+            own.offsets[count] = corner(position), own.values[count++] = value;
+          });
+          const float* image = &images[(int64_t(v) * LANES + lane) * INPUTS];
+          in_pieces<KH, std::clamp(SUMS / (ROW / LANES), 1, KH)>([&](auto tall, int kh) {
+            gather<tall>(image + kh * DH * WIDTH * CHANNELS, DH * WIDTH * CHANNELS, own.offsets.data(), own.values.data(), count,
+                         &own.rows[((o - first) * KH + kh) * ROW], ROW);
+          });
         }
     }
-    float* rows = own.rows.get();
-    std::memset(rows, 0, KH * ROW * sizeof(float));
-    gather(images.get(), DH * WIDTH * CHANNELS, own.offsets.data(), own.values.data(), count, rows, ROW);
-    for (int c = 0; c < CHANNELS; c++)
-      for (int kh = 0; kh < KH; kh++)
-        for (int kw = 0; kw < KW; kw++) *gradient++ = rows[kh * ROW + kw * CHANNELS + c];
   }
 
+  // The gradients of the inputs of a vector of images, a few rows of all kernels after the other, for the same reason.
   void gather_inputs(const float* dy, float* dx, Gathered& own) const {
-    float* images = own.images.get();
-    std::memset(images, 0, LANES * INPUTS * sizeof(float));
-    for (int position = 0; position < OH * OW; position++) {
-      int counts[LANES] = {};
-      for (int o = 0; o < FILTERS; o++) {
-        const float* from = dy + (o * OH * OW + position) * LANES;
-        for (uint32_t left = other_than_zero(load(from)); left; left &= left - 1) {
-          const int lane = __builtin_ctz(left), place = lane * FILTERS + counts[lane]++;
-          own.offsets[place] = o * KH * ROW, own.values[place] = from[lane];
-        }
+    constexpr int WIDE = up_to(FILTERS, LANES);
+    for (int position = 0; position < OH * OW; position++)
+      put_images_first<FILTERS>(dy + position * LANES, OH * OW, &own.slopes[position * WIDE], OH * OW * WIDE);
+    float* image = own.image.get();
+    std::memset(image, 0, LANES * INPUTS * sizeof(float));
+    for (int lane = 0; lane < LANES; lane++, image += INPUTS) {
+      int count = 0;
+      for (int position = 0; position < OH * OW; position++) {
+        for_each_other_than_zero<WIDE>(&own.slopes[(lane * OH * OW + position) * WIDE], [&](int o, float value) {
+          own.offsets[count] = o * KH * ROW, own.values[count++] = value;
+        });
+        own.starts[position + 1] = count;
       }
-      for (int lane = 0; lane < LANES; lane++)
-        if (counts[lane])
-          gather(kernels.get(), ROW, &own.offsets[lane * FILTERS], &own.values[lane * FILTERS], counts[lane],
-                 images + lane * INPUTS + corner(position), DH * WIDTH * CHANNELS);
+      in_pieces<KH, std::clamp(8 * LANES / ROW, 1, KH)>([&](auto tall, int kh) {
+        for (int column = 0; column < OW; column++)  // down the columns: what was just written is not read at once
+          for (int position = column; position < OH * OW; position += OW) {
+            const int start = own.starts[position], more = own.starts[position + 1] - start;
+            if (more)
+              gather<tall>(&kernels[kh * ROW], ROW, &own.offsets[start], &own.values[start], more,
+                           image + corner(position) + kh * DH * WIDTH * CHANNELS, DH * WIDTH * CHANNELS);
+          }
+      });
     }
-    put_channels_first(images, dx);
+    put_channels_first(own.image.get(), dx);
+  }
+
+  // COUNT vectors of images that lie so many vectors apart: of each image its numbers, one after the other.
+  template <int COUNT>
+  static void put_images_first(const float* from, int apart, float* to, int image) {
+    for (int first = 0; first < COUNT; first += LANES) {
+      Vec rows[LANES];
+      for (int k = 0; k < LANES; k++) rows[k] = first + k < COUNT ? load(from + int64_t(first + k) * apart * LANES) : Vec{};
+      turn<Vec, LANES>(rows);
+      for (int lane = 0; lane < LANES; lane++) store(to + int64_t(lane) * image + first, rows[lane]);
+    }
+  }
+
+  // Calls a function of the place and the value of each of COUNT numbers, whole vectors of them, that is not 0.
+  template <int COUNT, class Function>
+  static void for_each_other_than_zero(const float* from, Function function) {
+    for (int first = 0; first < COUNT; first += 64) {
+      uint64_t left = 0;
+      for (int k = 0; k < std::min(64, COUNT - first); k += LANES) left |= uint64_t(other_than_zero(load(from + first + k))) << k;
+      for (; left; left &= left - 1) {
+        const int place = first + __builtin_ctzll(left);
+        function(place, from[place]);
+      }
+    }
+  }
+
+  // A kernel with channels last to its own order.
+  static void put_in_order(const float* rows, float* to) {
+    for (int c = 0; c < CHANNELS; c++)
+      for (int kh = 0; kh < KH; kh++)
+        for (int kw = 0; kw < KW; kw++) *to++ = rows[kh * ROW + kw * CHANNELS + c];
   }
 
   // Where the window of an output begins, channels last.
@@ -534,7 +582,6 @@ class Convolution {
   Bias<FILTERS, OH * OW> bias;
   double penalty = 0;
   std::vector<int> places;  // of a list's entries: the first input that each reads
-  int most = 0;             // outputs of a filter for a batch
   Array<float> images, kernels;  // with channels last
   std::vector<Gathered> gathered;
 };
@@ -544,7 +591,7 @@ template <int IN, int OUT>
 class Plain {
  public:
   static constexpr int INPUTS = IN, OUTPUTS = OUT, PARAMETERS = 0;
-  static constexpr bool IN_PLACE = false;
+  static constexpr bool IN_PLACE = false, IS_WIDE = false;
   Parameter* parameter(int) { return nullptr; }
   double value() const { return 0; }
   int64_t products() const { return 0; }  // multiplications for an image
@@ -634,7 +681,7 @@ class Pooling : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*((HEIGHT - KH) 
 
   void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     const int64_t size = int64_t(Pooling::INPUTS) * LANES;
-    std::memset(dx + range.begin * size, 0, (range.end - range.begin) * size * sizeof(float));
+    if (!IS_TILED) std::memset(dx + range.begin * size, 0, (range.end - range.begin) * size * sizeof(float));
     each(range, [&](int64_t in, int64_t out) {
       const Vec gradient = load(dy + out * LANES);
       Ints which{};
@@ -646,12 +693,15 @@ class Pooling : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*((HEIGHT - KH) 
       for (int k = 0; k < KH * KW; k++) {
         float* to = dx + (in + k / KW * WIDTH + k % KW) * LANES;
         const Vec own = IS_MAX ? (which == k ? gradient : Vec{}) : gradient * (1.f / (KH * KW));
-        store(to, load(to) + own);
+        store(to, IS_TILED ? own : load(to) + own);
       }
     });
   }
 
  private:
+  // Whether each input is in one window.
+  static constexpr bool IS_TILED = KH == SH && KW == SW && HEIGHT % KH == 0 && WIDTH % KW == 0;
+
   // Calls a function of the first input of each window, and of its output.
   template <class Function>
   static void each(Range range, Function function) {
