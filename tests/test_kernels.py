@@ -57,6 +57,18 @@ NETWORKS = {
             nn.Conv2d(1, 3, 3), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(3, 6, 3, padding=1), nn.MaxPool2d(3, 2), nn.ReLU()
         ),
     ),
+    # rows of the kernel long enough for gradients that are not 0 to be gathered
+    "gathered": (
+        (2, 9, 8),
+        lambda: layers(
+            nn.Conv2d(2, 13, 3), nn.MaxPool2d(2, 1), nn.ReLU(), nn.Conv2d(13, 5, (2, 3), stride=(2, 1)), nn.ReLU()
+        ),
+    ),
+    "gathered, dilated": (
+        (1, 9, 8),
+        lambda: layers(nn.Conv2d(1, 21, 2), nn.Conv2d(21, 3, (3, 2), dilation=(2, 1), padding=1, bias=False)),
+    ),
+    "long rows": ((1, 8, 8), lambda: layers(nn.Conv2d(1, 66, 1), nn.ReLU(), nn.Conv2d(66, 2, (2, 7)), nn.ReLU())),
 }
 
 

@@ -80,10 +80,15 @@ class Bias {
     if (share.thread != share.threads - 1) return;
     float* gradient = parameter.gradient(share);
     for (int o = 0; o < OUT; o++) {
-      Vec total{};
+      constexpr int APART = std::min(POSITIONS, 8);  // sums that do not wait for each other
+      Vec sums[APART] = {};
       for (int v = 0; v < vectors; v++)
-        for (int p = 0; p < POSITIONS; p++) total += load(dy + ((int64_t(v) * OUT + o) * POSITIONS + p) * LANES);
-      gradient[o] = sum(total);
+        in_pieces<POSITIONS, APART>([&](auto piece, int p) {
+          const float* from = dy + ((int64_t(v) * OUT + o) * POSITIONS + p) * LANES;
+          for (int k = 0; k < piece; k++) sums[k] += load(from + k * LANES);
+        });
+      for (int k = 1; k < APART; k++) sums[0] += sums[k];
+      gradient[o] = sum(sums[0]);
     }
     parameter.move_row(step, rule, slope, 0, gradient);
   }
@@ -95,7 +100,7 @@ template <int IN, int OUT, bool HAS_BIAS = true>
 class Linear {
  public:
   static constexpr int INPUTS = IN, OUTPUTS = OUT, PARAMETERS = 1 + HAS_BIAS;
-  static constexpr bool IN_PLACE = false;
+  static constexpr bool IN_PLACE = false, IS_WIDE = true;
 
   Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
   double value() const { return penalty + bias.value; }
@@ -110,7 +115,7 @@ class Linear {
     for (int v = range.begin; v < range.end; v++) turn_images(x + int64_t(v) * IN * LANES, &turned[int64_t(v) * LANES * WIDTH]);
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     std::memset(dx + int64_t(range.begin) * IN * LANES, 0, int64_t(range.end - range.begin) * IN * LANES * sizeof(float));
     if (!weight.is_listed()) return product<IN, OUT>(weight.row(0), 1, IN, dy, dx, range);
     in_pieces_of<8>(range, [&](auto width, int v) {
@@ -222,20 +227,34 @@ class Linear {
 };
 
 // A convolution of maps that are padded already, in one group.
+//
+// After ReLU and pooling most gradients of its outputs are 0. Where a row of the kernel is long enough to be vectors
+// itself, the backward pass gathers the others alone, from images and weights whose channels lie last.
 template <int CHANNELS, int HEIGHT, int WIDTH, int FILTERS, int KH, int KW, int SH, int SW, int DH, int DW, bool HAS_BIAS = true>
 class Convolution {
  public:
   static constexpr int OH = (HEIGHT - DH * (KH - 1) - 1) / SH + 1, OW = (WIDTH - DW * (KW - 1) - 1) / SW + 1;
   static constexpr int INPUTS = CHANNELS * HEIGHT * WIDTH, OUTPUTS = FILTERS * OH * OW, PARAMETERS = 1 + HAS_BIAS;
-  static constexpr bool IN_PLACE = false;
+  static constexpr bool IN_PLACE = false, IS_WIDE = false;
 
   Parameter* parameter(int index) { return index ? &bias.parameter : &weight; }
   double value() const { return penalty + bias.value; }
   int64_t products() const { return weight.left() * OH * OW; }
-  void resize(int) {}
-  void begin(int) {
+  void resize(int vectors) {
+    if (GATHERS && !weight.is_listed()) images.resize(int64_t(vectors) * LANES * INPUTS + ROW);
+  }
+  void begin(int threads) {
     places.resize(weight.size());
     for (int e = 0; e < weight.size(); e++) places[e] = place(weight.inputs[e]);
+    gathered.resize(threads);
+    if (!GATHERS || weight.is_listed()) return;
+    kernels.resize(FILTERS * KH * ROW);
+    for (int o = 0; o < FILTERS; o++) keep_kernel(o);
+    for (auto& each : gathered) {
+      each.offsets.resize(FILTERS * OH * OW), each.values.resize(FILTERS * OH * OW), each.starts.resize(OH * OW + 1);
+      each.image.resize(LANES * INPUTS + ROW), each.rows.resize(FILTERS * KH * ROW);
+      each.slopes.resize(LANES * std::max(FILTERS * up_to(OH * OW, LANES), OH * OW * up_to(FILTERS, LANES)));
+    }
   }
 
   void forward(const float* x, float* y, Range range) {
@@ -244,13 +263,18 @@ class Convolution {
       float* out = y + int64_t(v) * OUTPUTS * LANES;
       if (weight.is_listed()) for (int o = 0; o < FILTERS; o++) forward_list(in, out, o);
       else in_pieces<FILTERS, TILE>([&](auto tile, int o) { forward_tile<tile>(in, out, o); });
+      if (GATHERS && !weight.is_listed()) put_channels_last(in, &images[int64_t(v) * LANES * INPUTS]);
     }
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int thread) {
     for (int v = range.begin; v < range.end; v++) {
       const float* from = dy + int64_t(v) * OUTPUTS * LANES;
       float* to = dx + int64_t(v) * INPUTS * LANES;
+      if (GATHERS && !weight.is_listed()) {
+        gather_inputs(from, to, gathered[thread]);
+        continue;
+      }
       std::memset(to, 0, INPUTS * LANES * sizeof(float));
       if (weight.is_listed()) backward_list(from, to);
       else in_pieces<CHANNELS, std::min(TILE, CHANNELS)>([&](auto tile, int c) { backward_tile<tile>(from, to, c); });
@@ -264,19 +288,18 @@ class Convolution {
     float* gradient = weight.gradient(share);
     const int first = weight.first_row(share), last = weight.last_row(share);
     if (!weight.is_listed()) {
+      if constexpr (GATHERS) gather_weights(dy, vectors, first, last, gathered[share.thread]);
       for (int o = first; o < last; o++) {
-        for (int c = 0; c < CHANNELS; c++)
-          for (int kh = 0; kh < KH; kh++)
-            in_pieces<KW, std::min(KW, 8)>([&](auto tile, int kw) {
-              gradients<tile>(x, dy, vectors, o, place((c * KH + kh) * KW + kw), DW, gradient + (c * KH + kh) * KW + kw);
-            });
+        if constexpr (GATHERS) put_in_order(&gathered[share.thread].rows[(o - first) * KH * ROW], gradient);
+        else gradients_of_row(x, dy, vectors, o, gradient);
         weight.move_row(step, rule, slope, o, gradient);
+        if constexpr (GATHERS) keep_kernel(o);
       }
       return;
     }
     for (int begin = weight.starts[first]; begin < weight.starts[last]; begin += CHUNK) {
       const int end = std::min(weight.starts[last], begin + CHUNK);
-      for (int e = begin; e < end; e++) gradients<1>(x, dy, vectors, weight.outputs[e], places[e], 0, gradient + e - begin);
+      for (int e = begin; e < end; e++) gradients<1, 1>(x, dy, vectors, weight.outputs[e], places[e], gradient + e - begin);
       weight.move_list(step, rule, slope, begin, end, gradient);
     }
   }
@@ -370,28 +393,197 @@ class Convolution {
     }
   }
 
-  // gradients[k] = Σ dy[o] * x, from a first input on, over positions and images; k taps that lie so far apart.
-  template <int N>
-  static void gradients(const float* x, const float* dy, int vectors, int o, int first, int apart, float* to) {
-    Vec sums[N] = {};
+  // The gradients of a filter, some rows of its kernel at once.
+  static void gradients_of_row(const float* x, const float* dy, int vectors, int o, float* gradient) {
+    for (int c = 0; c < CHANNELS; c++)
+      in_pieces<KW, std::min(KW, 8)>([&](auto taps, int kw) {
+        constexpr int N = taps;
+        in_pieces<KH, std::clamp(SUMS / N, 1, KH)>([&](auto rows, int kh) {
+          constexpr int R = rows;
+          float found[R * N];
+          gradients<R, N>(x, dy, vectors, o, place((c * KH + kh) * KW + kw), found);
+          for (int r = 0; r < R; r++) std::copy(found + r * N, found + (r + 1) * N, gradient + (c * KH + kh + r) * KW + kw);
+        });
+      });
+  }
+
+  // Σ dy[o] * x over positions and images, for rows of taps from a first input on.
+  template <int R, int N>
+  static void gradients(const float* x, const float* dy, int vectors, int o, int first, float* to) {
+    Vec sums[R][N] = {};
     for (int v = 0; v < vectors; v++) {
       const float* out = dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES;
       for (int row = 0; row < OH; row++) {
         const float* in = x + (int64_t(v) * INPUTS + first + row * SH * WIDTH) * LANES;
         for (int column = 0; column < OW; column++, out += LANES, in += SW * LANES) {
           const Vec each = load(out);
-          for (int k = 0; k < N; k++) sums[k] += each * load(in + k * apart * LANES);
+          for (int r = 0; r < R; r++)
+            for (int k = 0; k < N; k++) sums[r][k] += each * load(in + (r * DH * WIDTH + k * DW) * LANES);
         }
       }
     }
-    for (int k = 0; k < N; k++) to[k] = sum(sums[k]);
+    for (int r = 0; r < R; r++)
+      for (int k = 0; k < N; k++) to[r * N + k] = sum(sums[r][k]);
   }
+
+  // --- gathering what is not 0 ------------------------------------------------------------------------------------------
+
+  // Of one thread: the outputs' gradients of some images, those that are not 0 and what they go with, and what they come
+  // to, for the inputs and for the kernels.
+  struct Gathered {
+    Array<float> slopes, image, rows;
+    std::vector<int> offsets, starts;
+    std::vector<float> values;
+  };
+
+  static constexpr bool GATHERS = DW == 1 && CHANNELS * KW >= 2 * LANES;
+  static constexpr int ROW = up_to(CHANNELS * KW, LANES);  // a row of a kernel, channels last
+
+  static void put_channels_last(const float* x, float* to) {
+    for (int first = 0; first < INPUTS; first += LANES) {
+      Vec rows[LANES] = {};
+      for (int k = 0; k < std::min(LANES, INPUTS - first); k++) rows[k] = load(x + unit(first + k) * LANES);
+      turn<Vec, LANES>(rows);
+      for (int lane = 0; lane < LANES; lane++)
+        std::memcpy(to + lane * INPUTS + first, &rows[lane], std::min(LANES, INPUTS - first) * sizeof(float));
+    }
+  }
+
+  static void put_channels_first(const float* from, float* dx) {
+    for (int first = 0; first < INPUTS; first += LANES) {
+      Vec rows[LANES];
+      for (int lane = 0; lane < LANES; lane++) rows[lane] = load(from + lane * INPUTS + first);
+      turn<Vec, LANES>(rows);
+      for (int k = 0; k < std::min(LANES, INPUTS - first); k++) store(dx + unit(first + k) * LANES, rows[k]);
+    }
+  }
+
+  // The unit that lies at a place where channels lie last.
+  static constexpr int unit(int place) { return place % CHANNELS * (HEIGHT * WIDTH) + place / CHANNELS; }
+
+  // The kernel of a filter with channels last, zeros behind each row.
+  void keep_kernel(int o) {
+    const float* w = weight.row(o);
+    float* to = &kernels[o * KH * ROW];
+    for (int c = 0; c < CHANNELS; c++)
+      for (int kh = 0; kh < KH; kh++)
+        for (int kw = 0; kw < KW; kw++) to[kh * ROW + kw * CHANNELS + c] = *w++;
+  }
+
+  // sums[kh][i] += values[e] * from[offsets[e] + kh * row + i], for R rows.
+  template <int R>
+  static void gather(const float* from, int row, const int* offsets, const float* values, int count, float* sums, int sums_row) {
+    constexpr int V = ROW / LANES;
+    in_pieces<V, std::min(V, SUMS)>([&](auto width, int v) {
+      constexpr int N = width;
+      const float* start = from + v * LANES;
+      float* to = sums + v * LANES;
+      Vec found[R][N];
+      for (int r = 0; r < R; r++)
+        for (int k = 0; k < N; k++) found[r][k] = load(to + r * sums_row + k * LANES);
+      for (int e = 0; e < count; e++) {
+        const float each = values[e];
+        const float* own = start + offsets[e];
+        for (int r = 0; r < R; r++)
+          for (int k = 0; k < N; k++) found[r][k] += each * load(own + r * row + k * LANES);
+      }
+      for (int r = 0; r < R; r++)
+        for (int k = 0; k < N; k++) store(to + r * sums_row + k * LANES, found[r][k]);
+    });
+  }
+
+  // The gradients of the filters first..last, one image after the other, so that it stays in the fastest cache.
+  void gather_weights(const float* dy, int vectors, int first, int last, Gathered& own) const {
+    constexpr int POSITIONS = up_to(OH * OW, LANES);
+    std::memset(own.rows.get(), 0, int64_t(last - first) * KH * ROW * sizeof(float));
+    for (int v = 0; v < vectors; v++) {
+      for (int o = first; o < last; o++)
+        put_images_first<OH * OW>(dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES, 1, &own.slopes[(o - first) * POSITIONS],
+                                  (last - first) * POSITIONS);
+      for (int lane = 0; lane < LANES; lane++)
+        for (int o = first; o < last; o++) {
+          int count = 0;
+          for_each_other_than_zero<POSITIONS>(&own.slopes[(lane * (last - first) + o - first) * POSITIONS], [&](int position, float value) {
+            own.offsets[count] = corner(position), own.values[count++] = value;
+          });
+          const float* image = &images[(int64_t(v) * LANES + lane) * INPUTS];
+          in_pieces<KH, std::clamp(SUMS / (ROW / LANES), 1, KH)>([&](auto tall, int kh) {
+            gather<tall>(image + kh * DH * WIDTH * CHANNELS, DH * WIDTH * CHANNELS, own.offsets.data(), own.values.data(), count,
+                         &own.rows[((o - first) * KH + kh) * ROW], ROW);
+          });
+        }
+    }
+  }
+
+  // The gradients of the inputs of a vector of images, a few rows of all kernels after the other, for the same reason.
+  void gather_inputs(const float* dy, float* dx, Gathered& own) const {
+    constexpr int WIDE = up_to(FILTERS, LANES);
+    for (int position = 0; position < OH * OW; position++)
+      put_images_first<FILTERS>(dy + position * LANES, OH * OW, &own.slopes[position * WIDE], OH * OW * WIDE);
+    float* image = own.image.get();
+    std::memset(image, 0, LANES * INPUTS * sizeof(float));
+    for (int lane = 0; lane < LANES; lane++, image += INPUTS) {
+      int count = 0;
+      for (int position = 0; position < OH * OW; position++) {
+        for_each_other_than_zero<WIDE>(&own.slopes[(lane * OH * OW + position) * WIDE], [&](int o, float value) {
+          own.offsets[count] = o * KH * ROW, own.values[count++] = value;
+        });
+        own.starts[position + 1] = count;
+      }
+      in_pieces<KH, std::clamp(8 * LANES / ROW, 1, KH)>([&](auto tall, int kh) {
+        for (int column = 0; column < OW; column++)  // down the columns: what was just written is not read at once
+          for (int position = column; position < OH * OW; position += OW) {
+            const int start = own.starts[position], more = own.starts[position + 1] - start;
+            if (more)
+              gather<tall>(&kernels[kh * ROW], ROW, &own.offsets[start], &own.values[start], more,
+                           image + corner(position) + kh * DH * WIDTH * CHANNELS, DH * WIDTH * CHANNELS);
+          }
+      });
+    }
+    put_channels_first(own.image.get(), dx);
+  }
+
+  // COUNT vectors of images that lie so many vectors apart: of each image its numbers, one after the other.
+  template <int COUNT>
+  static void put_images_first(const float* from, int apart, float* to, int image) {
+    for (int first = 0; first < COUNT; first += LANES) {
+      Vec rows[LANES];
+      for (int k = 0; k < LANES; k++) rows[k] = first + k < COUNT ? load(from + int64_t(first + k) * apart * LANES) : Vec{};
+      turn<Vec, LANES>(rows);
+      for (int lane = 0; lane < LANES; lane++) store(to + int64_t(lane) * image + first, rows[lane]);
+    }
+  }
+
+  // Calls a function of the place and the value of each of COUNT numbers, whole vectors of them, that is not 0.
+  template <int COUNT, class Function>
+  static void for_each_other_than_zero(const float* from, Function function) {
+    for (int first = 0; first < COUNT; first += 64) {
+      uint64_t left = 0;
+      for (int k = 0; k < std::min(64, COUNT - first); k += LANES) left |= uint64_t(other_than_zero(load(from + first + k))) << k;
+      for (; left; left &= left - 1) {
+        const int place = first + __builtin_ctzll(left);
+        function(place, from[place]);
+      }
+    }
+  }
+
+  // A kernel with channels last to its own order.
+  static void put_in_order(const float* rows, float* to) {
+    for (int c = 0; c < CHANNELS; c++)
+      for (int kh = 0; kh < KH; kh++)
+        for (int kw = 0; kw < KW; kw++) *to++ = rows[kh * ROW + kw * CHANNELS + c];
+  }
+
+  // Where the window of an output begins, channels last.
+  static constexpr int corner(int position) { return (position / OW * SH * WIDTH + position % OW * SW) * CHANNELS; }
 
   static constexpr int COLUMNS = CHANNELS * KH * KW;
   Parameter weight{FILTERS, COLUMNS, KH * KW};
   Bias<FILTERS, OH * OW> bias;
   double penalty = 0;
   std::vector<int> places;  // of a list's entries: the first input that each reads
+  Array<float> images, kernels;  // with channels last
+  std::vector<Gathered> gathered;
 };
 
 // What layers without parameters have in common.
@@ -399,7 +591,7 @@ template <int IN, int OUT>
 class Plain {
  public:
   static constexpr int INPUTS = IN, OUTPUTS = OUT, PARAMETERS = 0;
-  static constexpr bool IN_PLACE = false;
+  static constexpr bool IN_PLACE = false, IS_WIDE = false;
   Parameter* parameter(int) { return nullptr; }
   double value() const { return 0; }
   int64_t products() const { return 0; }  // multiplications for an image
@@ -422,7 +614,7 @@ class Rectifier : public Plain<UNITS, UNITS> {
     }
   }
 
-  void backward(const float*, const float* y, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float* y, const float* dy, float* dx, Range range, int) {
     for (int64_t at = int64_t(range.begin) * UNITS * LANES; at < int64_t(range.end) * UNITS * LANES; at += LANES) {
       const Vec out = load(y + at), gradient = load(dy + at);
       store(dx + at, out <= 0.f ? (SLOPE ? slope * gradient : Vec{}) : gradient);
@@ -441,7 +633,7 @@ class Padding : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*(HEIGHT + 2 * P
     }
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     for (int v = range.begin; v < range.end; v++)
       for (int row = 0; row < CHANNELS * HEIGHT; row++) std::memcpy(dx + inner(v, row), dy + outer(v, row), BYTES);
   }
@@ -487,9 +679,9 @@ class Pooling : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*((HEIGHT - KH) 
     });
   }
 
-  void backward(const float*, const float*, const float* dy, float* dx, Range range) {
+  void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
     const int64_t size = int64_t(Pooling::INPUTS) * LANES;
-    std::memset(dx + range.begin * size, 0, (range.end - range.begin) * size * sizeof(float));
+    if (!IS_TILED) std::memset(dx + range.begin * size, 0, (range.end - range.begin) * size * sizeof(float));
     each(range, [&](int64_t in, int64_t out) {
       const Vec gradient = load(dy + out * LANES);
       Ints which{};
@@ -501,12 +693,15 @@ class Pooling : public Plain<CHANNELS * HEIGHT * WIDTH, CHANNELS*((HEIGHT - KH) 
       for (int k = 0; k < KH * KW; k++) {
         float* to = dx + (in + k / KW * WIDTH + k % KW) * LANES;
         const Vec own = IS_MAX ? (which == k ? gradient : Vec{}) : gradient * (1.f / (KH * KW));
-        store(to, load(to) + own);
+        store(to, IS_TILED ? own : load(to) + own);
       }
     });
   }
 
  private:
+  // Whether each input is in one window.
+  static constexpr bool IS_TILED = KH == SH && KW == SW && HEIGHT % KH == 0 && WIDTH % KW == 0;
+
   // Calls a function of the first input of each window, and of its output.
   template <class Function>
   static void each(Range range, Function function) {

@@ -205,21 +205,31 @@ class Network {
     const int first = share.begin(batch.groups()), last = share.end(batch.groups());
     const Range range{first * GROUP / LANES, last * GROUP / LANES};
     for (int group = first; group < last; group++) batch.gather(values[0].get(), group);
-    over_layers([&]<int I>() { std::get<I>(layers).forward(input<I>(), output<I>(), range); });
+    for (int v = range.begin; v < range.end; v++) forward<0, CUT>({v, v + 1});
+    forward<CUT, COUNT>(range);
     const int64_t size = int64_t(CLASSES) * LANES;
     for (int v = range.begin; v < range.end; v++) {
       float* outputs = slope<COUNT - 1>() + v * size;
       std::memcpy(outputs, output<COUNT - 1>() + v * size, size * sizeof(float));
       losses[v] = cross_entropy<CLASSES>(outputs, batch, v);
     }
-    back<COUNT - 1>(range);
+    backward<COUNT - 1, CUT>(range, share.thread);
+    for (int v = range.begin; v < range.end; v++) backward<CUT - 1, 0>({v, v + 1}, share.thread);
   }
 
-  template <int I>
-  void back(Range range) {
-    if constexpr (I > FIRST) {
-      std::get<I>(layers).backward(input<I>(), output<I>(), slope<I>(), slope<I - 1>(), range);
-      back<I - 1>(range);
+  template <int I, int END>
+  void forward(Range range) {
+    if constexpr (I < END) {
+      std::get<I>(layers).forward(input<I>(), output<I>(), range);
+      forward<I + 1, END>(range);
+    }
+  }
+
+  template <int I, int END>
+  void backward(Range range, int thread) {
+    if constexpr (I >= END && I > FIRST) {
+      std::get<I>(layers).backward(input<I>(), output<I>(), slope<I>(), slope<I - 1>(), range, thread);
+      backward<I - 1, END>(range, thread);
     }
   }
 
@@ -258,6 +268,16 @@ class Network {
     return layer;
   }
   static constexpr int FIRST = first();
+
+  // The layers before it take one vector of images after the other, so that maps stay in the caches; from it on, each
+  // weight is multiplied by several.
+  static constexpr int cut() {
+    constexpr bool is_wide[] = {Layers::IS_WIDE...};
+    int layer = 0;
+    while (layer < COUNT && !is_wide[layer]) layer++;
+    return layer;
+  }
+  static constexpr int CUT = cut();
 
   template <int I>
   float* input() { return values[place(I)].get(); }

@@ -8,7 +8,9 @@
 #include <memory>
 #include <utility>
 
-#if defined(__SSE__)
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__SSE__)
 #include <xmmintrin.h>
 #endif
 
@@ -45,6 +47,19 @@ inline float sum(Vec value) {
   for (int half = LANES / 2; half > 0; half /= 2)
     for (int lane = 0; lane < half; lane++) value[lane] += value[lane + half];
   return value[0];
+}
+
+// The lanes that are not 0, NaN among them, as bits.
+inline uint32_t other_than_zero(Vec value) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask(value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
+#elif defined(__AVX__)
+  return _mm256_movemask_ps(_mm256_cmp_ps(value, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+#else
+  uint32_t found = 0;
+  for (int lane = 0; lane < LANES; lane++) found |= uint32_t(value[lane] != 0) << lane;
+  return found;
+#endif
 }
 
 // e^x, to about one unit in the last place; 0 below -87, inf above 88, NaN of NaN. Cephes' polynomial.
