@@ -57,8 +57,9 @@ inline void product(const float* w, int64_t row, int64_t column, const float* x,
     constexpr int V = width, R = std::min(SUMS / V, OUT);
     for (int i = 0; i < IN; i += BLOCK)
       in_pieces<OUT, R>([&](auto tile, int o) {
-        multiply<tile, V>(w + o * row + i * column, row, column, std::min(BLOCK, IN - i), x + (int64_t(v) * IN + i) * LANES,
-                          int64_t(IN) * LANES, y + (int64_t(v) * OUT + o) * LANES, int64_t(OUT) * LANES);
+        multiply<tile, V>(w + o * row + i * column, row, column, std::min(BLOCK, IN - i),
+                          x + (int64_t(v) * IN + i) * LANES, int64_t(IN) * LANES, y + (int64_t(v) * OUT + o) * LANES,
+                          int64_t(OUT) * LANES);
       });
   });
 }
@@ -109,14 +110,17 @@ class Linear {
   void resize(int vectors) { turned.resize(int64_t(vectors) * LANES * WIDTH); }
 
   void forward(const float* x, float* y, Range range) {
-    for (int v = range.begin; v < range.end; v++) fill_rows(y + int64_t(v) * OUT * LANES, HAS_BIAS ? bias.parameter.row(0) : nullptr, OUT);
+    for (int v = range.begin; v < range.end; v++)
+      fill_rows(y + int64_t(v) * OUT * LANES, HAS_BIAS ? bias.parameter.row(0) : nullptr, OUT);
     if (weight.is_listed()) return forward_list(x, y, range);
     product<OUT, IN>(weight.row(0), IN, 1, x, y, range);
-    for (int v = range.begin; v < range.end; v++) turn_images(x + int64_t(v) * IN * LANES, &turned[int64_t(v) * LANES * WIDTH]);
+    for (int v = range.begin; v < range.end; v++)
+      turn_images(x + int64_t(v) * IN * LANES, &turned[int64_t(v) * LANES * WIDTH]);
   }
 
   void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
-    std::memset(dx + int64_t(range.begin) * IN * LANES, 0, int64_t(range.end - range.begin) * IN * LANES * sizeof(float));
+    std::memset(dx + int64_t(range.begin) * IN * LANES, 0,
+                int64_t(range.end - range.begin) * IN * LANES * sizeof(float));
     if (!weight.is_listed()) return product<IN, OUT>(weight.row(0), 1, IN, dy, dx, range);
     in_pieces_of<8>(range, [&](auto width, int v) {
       constexpr int V = width;
@@ -144,8 +148,10 @@ class Linear {
     const int last = weight.last_row(share);
     for (int o = weight.first_row(share); o < last; o += R) {
       const int count = std::min(R, last - o);
-      if (count == R) gradients<R>(dy, o, images, rows.get());
-      else for (int r = 0; r < count; r++) gradients<1>(dy, o + r, images, rows.get() + r * WIDTH);
+      if (count == R)
+        gradients<R>(dy, o, images, rows.get());
+      else
+        for (int r = 0; r < count; r++) gradients<1>(dy, o + r, images, rows.get() + r * WIDTH);
       for (int r = 0; r < count; r++) weight.move_row(step, rule, slope, o + r, rows.get() + r * WIDTH);
     }
   }
@@ -173,7 +179,8 @@ class Linear {
     });
   }
 
-  void update_list(const float* x, const float* dy, int vectors, int64_t step, Share share, const Rule& rule, const Slope& slope) {
+  void update_list(const float* x, const float* dy, int vectors, int64_t step, Share share, const Rule& rule,
+                   const Slope& slope) {
     float* gradient = weight.gradient(share);
     const int last = weight.starts[weight.last_row(share)];
     for (int begin = weight.starts[weight.first_row(share)]; begin < last; begin += CHUNK) {
@@ -181,7 +188,8 @@ class Linear {
       for (int e = begin; e < end; e++) {
         const float *one = dy + weight.outputs[e] * LANES, *other = x + weight.inputs[e] * LANES;
         Vec sums[2] = {};
-        for (int v = 0; v < vectors; v++) sums[v % 2] += load(one + int64_t(v) * OUT * LANES) * load(other + int64_t(v) * IN * LANES);
+        for (int v = 0; v < vectors; v++)
+          sums[v % 2] += load(one + int64_t(v) * OUT * LANES) * load(other + int64_t(v) * IN * LANES);
         gradient[e - begin] = sum(sums[0] + sums[1]);
       }
       weight.move_list(step, rule, slope, begin, end, gradient);
@@ -230,7 +238,8 @@ class Linear {
 //
 // After ReLU and pooling most gradients of its outputs are 0. Where a row of the kernel is long enough to be vectors
 // itself, the backward pass gathers the others alone, from images and weights whose channels lie last.
-template <int CHANNELS, int HEIGHT, int WIDTH, int FILTERS, int KH, int KW, int SH, int SW, int DH, int DW, bool HAS_BIAS = true>
+template <int CHANNELS, int HEIGHT, int WIDTH, int FILTERS, int KH, int KW, int SH, int SW, int DH, int DW,
+          bool HAS_BIAS = true>
 class Convolution {
  public:
   static constexpr int OH = (HEIGHT - DH * (KH - 1) - 1) / SH + 1, OW = (WIDTH - DW * (KW - 1) - 1) / SW + 1;
@@ -261,8 +270,10 @@ class Convolution {
     for (int v = range.begin; v < range.end; v++) {
       const float* in = x + int64_t(v) * INPUTS * LANES;
       float* out = y + int64_t(v) * OUTPUTS * LANES;
-      if (weight.is_listed()) for (int o = 0; o < FILTERS; o++) forward_list(in, out, o);
-      else in_pieces<FILTERS, TILE>([&](auto tile, int o) { forward_tile<tile>(in, out, o); });
+      if (weight.is_listed())
+        for (int o = 0; o < FILTERS; o++) forward_list(in, out, o);
+      else
+        in_pieces<FILTERS, TILE>([&](auto tile, int o) { forward_tile<tile>(in, out, o); });
       if (GATHERS && !weight.is_listed()) put_channels_last(in, &images[int64_t(v) * LANES * INPUTS]);
     }
   }
@@ -276,8 +287,10 @@ class Convolution {
         continue;
       }
       std::memset(to, 0, INPUTS * LANES * sizeof(float));
-      if (weight.is_listed()) backward_list(from, to);
-      else in_pieces<CHANNELS, std::min(TILE, CHANNELS)>([&](auto tile, int c) { backward_tile<tile>(from, to, c); });
+      if (weight.is_listed())
+        backward_list(from, to);
+      else
+        in_pieces<CHANNELS, std::min(TILE, CHANNELS)>([&](auto tile, int c) { backward_tile<tile>(from, to, c); });
     }
   }
 
@@ -290,8 +303,10 @@ class Convolution {
     if (!weight.is_listed()) {
       if constexpr (GATHERS) gather_weights(dy, vectors, first, last, gathered[share.thread]);
       for (int o = first; o < last; o++) {
-        if constexpr (GATHERS) put_in_order(&gathered[share.thread].rows[(o - first) * KH * ROW], gradient);
-        else gradients_of_row(x, dy, vectors, o, gradient);
+        if constexpr (GATHERS)
+          put_in_order(&gathered[share.thread].rows[(o - first) * KH * ROW], gradient);
+        else
+          gradients_of_row(x, dy, vectors, o, gradient);
         weight.move_row(step, rule, slope, o, gradient);
         if constexpr (GATHERS) keep_kernel(o);
       }
@@ -299,7 +314,8 @@ class Convolution {
     }
     for (int begin = weight.starts[first]; begin < weight.starts[last]; begin += CHUNK) {
       const int end = std::min(weight.starts[last], begin + CHUNK);
-      for (int e = begin; e < end; e++) gradients<1, 1>(x, dy, vectors, weight.outputs[e], places[e], gradient + e - begin);
+      for (int e = begin; e < end; e++)
+        gradients<1, 1>(x, dy, vectors, weight.outputs[e], places[e], gradient + e - begin);
       weight.move_list(step, rule, slope, begin, end, gradient);
     }
   }
@@ -376,7 +392,8 @@ class Convolution {
             }
             for (int r = 0; r < R; r++)
               for (int p = 0; p < P; p++) {
-                float* to = dx + (((c + r) * HEIGHT + row * SH + kh * DH) * WIDTH + (column + p) * SW + kw * DW) * LANES;
+                float* to =
+                    dx + (((c + r) * HEIGHT + row * SH + kh * DH) * WIDTH + (column + p) * SW + kw * DW) * LANES;
                 store(to, load(to) + sums[r][p]);
               }
           });
@@ -388,7 +405,8 @@ class Convolution {
       const float each = weight.values[e];
       for (int row = 0; row < OH; row++) {
         float* to = dx + (places[e] + row * SH * WIDTH) * LANES;
-        for (int column = 0; column < OW; column++, from += LANES, to += SW * LANES) store(to, load(to) + each * load(from));
+        for (int column = 0; column < OW; column++, from += LANES, to += SW * LANES)
+          store(to, load(to) + each * load(from));
       }
     }
   }
@@ -402,7 +420,8 @@ class Convolution {
           constexpr int R = rows;
           float found[R * N];
           gradients<R, N>(x, dy, vectors, o, place((c * KH + kh) * KW + kw), found);
-          for (int r = 0; r < R; r++) std::copy(found + r * N, found + (r + 1) * N, gradient + (c * KH + kh + r) * KW + kw);
+          for (int r = 0; r < R; r++)
+            std::copy(found + r * N, found + (r + 1) * N, gradient + (c * KH + kh + r) * KW + kw);
         });
       });
   }
@@ -426,10 +445,11 @@ class Convolution {
       for (int k = 0; k < N; k++) to[r * N + k] = sum(sums[r][k]);
   }
 
-  // --- gathering what is not 0 ------------------------------------------------------------------------------------------
+  // --- gathering what is not 0
+  // ------------------------------------------------------------------------------------------
 
-  // Of one thread: the outputs' gradients of some images, those that are not 0 and what they go with, and what they come
-  // to, for the inputs and for the kernels.
+  // Of one thread: the outputs' gradients of some images, those that are not 0 and what they go with, and what they
+  // come to, for the inputs and for the kernels.
   struct Gathered {
     Array<float> slopes, image, rows;
     std::vector<int> offsets, starts;
@@ -472,7 +492,8 @@ class Convolution {
 
   // sums[kh][i] += values[e] * from[offsets[e] + kh * row + i], for R rows.
   template <int R>
-  static void gather(const float* from, int row, const int* offsets, const float* values, int count, float* sums, int sums_row) {
+  static void gather(const float* from, int row, const int* offsets, const float* values, int count, float* sums,
+                     int sums_row) {
     constexpr int V = ROW / LANES;
     in_pieces<V, std::min(V, SUMS)>([&](auto width, int v) {
       constexpr int N = width;
@@ -498,18 +519,18 @@ class Convolution {
     std::memset(own.rows.get(), 0, int64_t(last - first) * KH * ROW * sizeof(float));
     for (int v = 0; v < vectors; v++) {
       for (int o = first; o < last; o++)
-        put_images_first<OH * OW>(dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES, 1, &own.slopes[(o - first) * POSITIONS],
-                                  (last - first) * POSITIONS);
+        put_images_first<OH * OW>(dy + (int64_t(v) * FILTERS + o) * OH * OW * LANES, 1,
+                                  &own.slopes[(o - first) * POSITIONS], (last - first) * POSITIONS);
       for (int lane = 0; lane < LANES; lane++)
         for (int o = first; o < last; o++) {
           int count = 0;
-          for_each_other_than_zero<POSITIONS>(&own.slopes[(lane * (last - first) + o - first) * POSITIONS], [&](int position, float value) {
-            own.offsets[count] = corner(position), own.values[count++] = value;
-          });
+          for_each_other_than_zero<POSITIONS>(
+              &own.slopes[(lane * (last - first) + o - first) * POSITIONS],
+              [&](int position, float value) { own.offsets[count] = corner(position), own.values[count++] = value; });
           const float* image = &images[(int64_t(v) * LANES + lane) * INPUTS];
           in_pieces<KH, std::clamp(SUMS / (ROW / LANES), 1, KH)>([&](auto tall, int kh) {
-            gather<tall>(image + kh * DH * WIDTH * CHANNELS, DH * WIDTH * CHANNELS, own.offsets.data(), own.values.data(), count,
-                         &own.rows[((o - first) * KH + kh) * ROW], ROW);
+            gather<tall>(image + kh * DH * WIDTH * CHANNELS, DH * WIDTH * CHANNELS, own.offsets.data(),
+                         own.values.data(), count, &own.rows[((o - first) * KH + kh) * ROW], ROW);
           });
         }
     }
@@ -548,7 +569,8 @@ class Convolution {
   static void put_images_first(const float* from, int apart, float* to, int image) {
     for (int first = 0; first < COUNT; first += LANES) {
       Vec rows[LANES];
-      for (int k = 0; k < LANES; k++) rows[k] = first + k < COUNT ? load(from + int64_t(first + k) * apart * LANES) : Vec{};
+      for (int k = 0; k < LANES; k++)
+        rows[k] = first + k < COUNT ? load(from + int64_t(first + k) * apart * LANES) : Vec{};
       turn<Vec, LANES>(rows);
       for (int lane = 0; lane < LANES; lane++) store(to + int64_t(lane) * image + first, rows[lane]);
     }
@@ -559,7 +581,8 @@ class Convolution {
   static void for_each_other_than_zero(const float* from, Function function) {
     for (int first = 0; first < COUNT; first += 64) {
       uint64_t left = 0;
-      for (int k = 0; k < std::min(64, COUNT - first); k += LANES) left |= uint64_t(other_than_zero(load(from + first + k))) << k;
+      for (int k = 0; k < std::min(64, COUNT - first); k += LANES)
+        left |= uint64_t(other_than_zero(load(from + first + k))) << k;
       for (; left; left &= left - 1) {
         const int place = first + __builtin_ctzll(left);
         function(place, from[place]);
@@ -581,7 +604,7 @@ class Convolution {
   Parameter weight{FILTERS, COLUMNS, KH * KW};
   Bias<FILTERS, OH * OW> bias;
   double penalty = 0;
-  std::vector<int> places;  // of a list's entries: the first input that each reads
+  std::vector<int> places;       // of a list's entries: the first input that each reads
   Array<float> images, kernels;  // with channels last
   std::vector<Gathered> gathered;
 };

@@ -4,8 +4,8 @@
 #include "step.hpp"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
-#define LIBRARY(...)                                                                                          \
-  using Chosen = kernels::Network<__VA_ARGS__>;                                                               \
-  EXPORTED void* make() { return new Chosen; }                                                                \
-  EXPORTED void drop(void* network) { delete static_cast<Chosen*>(network); }                                 \
+#define LIBRARY(...)                                                          \
+  using Chosen = kernels::Network<__VA_ARGS__>;                               \
+  EXPORTED void* make() { return new Chosen; }                                \
+  EXPORTED void drop(void* network) { delete static_cast<Chosen*>(network); } \
   EXPORTED void run(void* network, const kernels::Arguments* given) { static_cast<Chosen*>(network)->run(*given); }

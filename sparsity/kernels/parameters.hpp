@@ -53,7 +53,8 @@ struct Slope {
 inline void move(const Rule& rule, int n, float* w, float* first, float* second, const float* gradient) {
   const float rate = rule.rate, weight_decay = rule.weight_decay;
   if (rule.kind == SGD) {
-    const float momentum = rule.momentum, share = rule.number ? 1 - rule.dampening : 1, look = rule.nesterov ? momentum : 0;
+    const float momentum = rule.momentum, share = rule.number ? 1 - rule.dampening : 1,
+                look = rule.nesterov ? momentum : 0;
     const float own = rule.nesterov || !momentum ? 1 : 0, kept = momentum ? 1 : 0;
 #pragma omp simd
     for (int i = 0; i < n; i++) {
@@ -68,7 +69,8 @@ inline void move(const Rule& rule, int n, float* w, float* first, float* second,
   const float size = rule.rate / (1 - std::pow(rule.beta1, number));
   const float larger = 1 / std::sqrt(1 - std::pow(rule.beta2, number));
   const float share1 = 1 - rule.beta1, share2 = 1 - rule.beta2, beta2 = rule.beta2, eps = rule.eps;
-  const float coupled = rule.kind == ADAM ? weight_decay : 0, kept = rule.kind == ADAM ? 1 : 1 - rule.rate * weight_decay;
+  const float coupled = rule.kind == ADAM ? weight_decay : 0,
+              kept = rule.kind == ADAM ? 1 : 1 - rule.rate * weight_decay;
 #pragma omp simd
   for (int i = 0; i < n; i++) {
     const float g = gradient[i] + coupled * w[i];
@@ -93,8 +95,10 @@ class Parameter {
     tensor = given;
     penalty = given.is_penalised ? rule.penalty : NONE;
     is_grouped = !is_vector && (penalty == GROUP_LASSO || penalty == GROUP_HS);
-    if (!is_vector && is_sparse()) make_list(rule);
-    else places.clear();
+    if (!is_vector && is_sparse())
+      make_list(rule);
+    else
+      places.clear();
     for (int part = 0; part <= PARTS; part++)
       bounds[part] = part < PARTS ? row_at(int64_t(is_listed() ? size() : rows) * part / PARTS) : rows;
     gradients.resize(threads);
@@ -142,10 +146,14 @@ class Parameter {
     const double norm = std::sqrt(all.square), decay = rule.decay, size = all.size;
     found.scale = std::ldexp(1.f, -std::clamp(std::ilogb(norm), -100, 100));
     double base = 0;
-    if (is_grouped) base = slope_of_groups(found, step, share, decay, all.square);
-    else if (penalty == L1) found.value = size, found.sign = decay;
-    else if (penalty == GROUP_LASSO) found.value = size + norm, found.sign = decay, base = decay / norm;
-    else if (penalty == HOYER) found.value = size / norm, found.sign = decay / norm, base = -decay * size / norm / all.square;
+    if (is_grouped)
+      base = slope_of_groups(found, step, share, decay, all.square);
+    else if (penalty == L1)
+      found.value = size, found.sign = decay;
+    else if (penalty == GROUP_LASSO)
+      found.value = size + norm, found.sign = decay, base = decay / norm;
+    else if (penalty == HOYER)
+      found.value = size / norm, found.sign = decay / norm, base = -decay * size / norm / all.square;
     else {
       found.value = size / norm * (size / norm) + (penalty == GROUP_HS);
       found.sign = 2 * decay * (size / all.square);
@@ -159,9 +167,12 @@ class Parameter {
   void move_row(int64_t step, const Rule& rule, const Slope& slope, int row, float* gradient) {
     const int64_t start = int64_t(row) * columns;
     float* w = tensor.value + start;
-    if (penalty != NONE) add_slope(columns, w, gradient, slope, slope.rows ? slope.base + slope.rows[row] : slope.base, slope.columns);
-    if (tensor.added) for (int i = 0; i < columns; i++) gradient[i] += tensor.added[start + i];
-    if (tensor.mask) for (int i = 0; i < columns; i++) gradient[i] = tensor.mask[start + i] ? gradient[i] : 0.f;
+    if (penalty != NONE)
+      add_slope(columns, w, gradient, slope, slope.rows ? slope.base + slope.rows[row] : slope.base, slope.columns);
+    if (tensor.added)
+      for (int i = 0; i < columns; i++) gradient[i] += tensor.added[start + i];
+    if (tensor.mask)
+      for (int i = 0; i < columns; i++) gradient[i] = tensor.mask[start + i] ? gradient[i] : 0.f;
     move(rule, columns, w, tensor.first + start, tensor.second + start, gradient);
     if (penalty != NONE) add(step + 1, row);
   }
@@ -171,10 +182,12 @@ class Parameter {
     const int n = end - begin;
     if (penalty != NONE) {
       float factors[CHUNK];
-      if (is_grouped) for (int i = 0; i < n; i++) factors[i] = slope.rows[outputs[begin + i]] + slope.columns[inputs[begin + i]];
+      if (is_grouped)
+        for (int i = 0; i < n; i++) factors[i] = slope.rows[outputs[begin + i]] + slope.columns[inputs[begin + i]];
       add_slope(n, &values[begin], gradient, slope, slope.base, is_grouped ? factors : nullptr);
     }
-    if (tensor.added) for (int i = 0; i < n; i++) gradient[i] += tensor.added[places[begin + i]];
+    if (tensor.added)
+      for (int i = 0; i < n; i++) gradient[i] += tensor.added[places[begin + i]];
     move(rule, n, &values[begin], &first[begin], &second[begin], gradient);
     if (penalty != NONE) add_list(step + 1, begin, end);
   }
@@ -182,8 +195,8 @@ class Parameter {
   float* gradient(Share share) { return gradients[share.thread].get(); }
 
   // Of a list: by outputs for the forward pass, by inputs for the backward pass.
-  std::vector<int> starts, outputs, inputs;   // entries of output o: starts[o] to starts[o + 1]; input: the column
-  std::vector<int> input_starts, by_input;    // entries that read column i: by_input[input_starts[i]] and on
+  std::vector<int> starts, outputs, inputs;  // entries of output o: starts[o] to starts[o + 1]; input: the column
+  std::vector<int> input_starts, by_input;   // entries that read column i: by_input[input_starts[i]] and on
   std::vector<float> values;
 
  private:
@@ -206,7 +219,8 @@ class Parameter {
     places.clear(), starts.assign(1, 0), outputs.clear(), inputs.clear();
     for (int o = 0; o < rows; o++) {
       for (int i = 0; i < columns; i++)
-        if (tensor.mask[int64_t(o) * columns + i]) places.push_back(o * int64_t(columns) + i), outputs.push_back(o), inputs.push_back(i);
+        if (tensor.mask[int64_t(o) * columns + i])
+          places.push_back(o * int64_t(columns) + i), outputs.push_back(o), inputs.push_back(i);
       starts.push_back(places.size());
     }
     input_starts.assign(columns + 1, 0), by_input.resize(places.size());
@@ -281,7 +295,8 @@ class Parameter {
     for (int o = 0; o < rows; o++) filters_sum += std::sqrt(sums(step, o).square);
     for (double& each : channels) channels_sum += each = std::sqrt(each);
     const bool is_ratio = penalty == GROUP_HS;
-    found.value = is_ratio ? (filters_sum * filters_sum + channels_sum * channels_sum) / square : filters_sum + channels_sum;
+    found.value =
+        is_ratio ? (filters_sum * filters_sum + channels_sum * channels_sum) / square : filters_sum + channels_sum;
     const double of_filters = is_ratio ? 2 * decay * filters_sum / square : decay;
     const double of_channels = is_ratio ? 2 * decay * channels_sum / square : decay;
     auto quotient = [&](double factor, double norm) { return norm > 0 ? float(factor / norm / found.scale) : 0.f; };
@@ -298,11 +313,11 @@ class Parameter {
   bool is_grouped = false;
   std::vector<int64_t> places;  // of a list's entries in the tensor
   std::vector<float> first, second;
-  int bounds[PARTS + 1];               // rows of each part
-  std::vector<Sums> row_sums;          // of the weights before this step and the next one
-  std::vector<double> column_squares;  // the same, of each part
-  std::vector<float> slopes;           // by thread: of rows, then of columns
-  std::vector<Array<float>> gradients;               // by thread
+  int bounds[PARTS + 1];                // rows of each part
+  std::vector<Sums> row_sums;           // of the weights before this step and the next one
+  std::vector<double> column_squares;   // the same, of each part
+  std::vector<float> slopes;            // by thread: of rows, then of columns
+  std::vector<Array<float>> gradients;  // by thread
 };
 
 }  // namespace kernels

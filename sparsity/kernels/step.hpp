@@ -17,10 +17,10 @@ struct Arguments {
   const float* deviation;
   int64_t channels;
   const int64_t* labels;
-  const int64_t* order;    // images of the steps, one batch after the other
-  const int64_t* sizes;    // of the batches
-  const double* rates;     // learning rate of each step
-  const double* decays;    // of the penalty
+  const int64_t* order;  // images of the steps, one batch after the other
+  const int64_t* sizes;  // of the batches
+  const double* rates;   // learning rate of each step
+  const double* decays;  // of the penalty
   int64_t steps, threads;
   const Tensor* tensors;
   Rule rule;
@@ -65,8 +65,10 @@ class Batch {
 
   void gather(float* x, int group) const {
     x += int64_t(group) * GROUP * UNITS;
-    if (given.is_float) gather<Vec, float, LANES>(x, group);
-    else gather<Row, uint8_t, GROUP>(x, group);
+    if (given.is_float)
+      gather<Vec, float, LANES>(x, group);
+    else
+      gather<Row, uint8_t, GROUP>(x, group);
   }
 
   int64_t label(int64_t image) const { return given.labels[order[image]]; }
@@ -88,8 +90,10 @@ class Batch {
         const int count = std::min(N, UNITS - unit);
         V rows[N] = {};
         for (int image = 0; image < N; image++)
-          if (count == N) std::memcpy(&rows[image], from[image] + unit, sizeof(V));
-          else std::memcpy(&rows[image], from[image] + unit, count * sizeof(T));
+          if (count == N)
+            std::memcpy(&rows[image], from[image] + unit, sizeof(V));
+          else
+            std::memcpy(&rows[image], from[image] + unit, count * sizeof(T));
         turn<V, N>(rows);
         for (int k = 0; k < count; k++)
           for (int lane = 0; lane < N; lane += LANES)
@@ -100,7 +104,8 @@ class Batch {
 
   template <class V>
   static Vec pixels(V row, int lane) {
-    if constexpr (std::is_same_v<V, Vec>) return row;
+    if constexpr (std::is_same_v<V, Vec>)
+      return row;
     else {
       Bytes own;
       std::memcpy(&own, reinterpret_cast<const uint8_t*>(&row) + lane, sizeof own);
@@ -138,12 +143,15 @@ double cross_entropy(float* outputs, const Images& batch, int vector) {
   }
   for (int c = 0; c < CLASSES; c++) store(outputs + c * LANES, load(outputs + c * LANES) / total * share);
   for (int lane = 0; lane < LANES; lane++)
-    if (lane < count) outputs[batch.label(vector * LANES + lane) * LANES + lane] -= share[lane];
-    else for (int c = 0; c < CLASSES; c++) outputs[c * LANES + lane] = 0;  // no image, and no NaN of none
+    if (lane < count)
+      outputs[batch.label(vector * LANES + lane) * LANES + lane] -= share[lane];
+    else
+      for (int c = 0; c < CLASSES; c++) outputs[c * LANES + lane] = 0;  // no image, and no NaN of none
   return loss;
 }
 
-constexpr int64_t WORTH_A_THREAD = 500000;  // multiplications of a batch, forward: for less, threads wait for each other
+constexpr int64_t WORTH_A_THREAD =
+    500000;  // multiplications of a batch, forward: for less, threads wait for each other
 
 template <class... Layers>
 class Network {
@@ -161,7 +169,8 @@ class Network {
     const int threads = std::clamp<int64_t>(products * given.sizes[0] / WORTH_A_THREAD, 1, given.threads);
     Meeting meeting(threads);
     std::vector<std::thread> others;
-    for (int thread = 1; thread < threads; thread++) others.emplace_back([&, thread] { work(given, {thread, threads}, meeting); });
+    for (int thread = 1; thread < threads; thread++)
+      others.emplace_back([&, thread] { work(given, {thread, threads}, meeting); });
     work(given, {0, threads}, meeting);
     for (auto& each : others) each.join();
     over_parameters([&](Parameter& parameter, int) { parameter.end(given.rule); });
@@ -172,7 +181,8 @@ class Network {
     const int most = *std::max_element(given.sizes, given.sizes + given.steps);
     const int vectors = up_to(most, GROUP) / LANES;
     losses.assign(vectors, 0);
-    over_parameters([&](Parameter& parameter, int index) { parameter.begin(given.tensors[index], given.rule, threads); });
+    over_parameters(
+        [&](Parameter& parameter, int index) { parameter.begin(given.tensors[index], given.rule, threads); });
     over_layers([&]<int I>() {
       std::get<I>(layers).resize(vectors), std::get<I>(layers).begin(threads);
       for (auto* each : {&values, &slopes})
@@ -237,12 +247,15 @@ class Network {
     double loss = 0, penalty = 0;
     for (int v = 0; v < batch.groups() * GROUP / LANES; v++) loss += losses[v];
     over_layers([&]<int I>() { penalty += std::get<I>(layers).value(); });
-    given.sums[0] += loss, given.sums[1] += batch.images * penalty, given.sums[2] += loss + batch.images * decay * penalty;
+    given.sums[0] += loss, given.sums[1] += batch.images * penalty,
+        given.sums[2] += loss + batch.images * decay * penalty;
   }
 
   template <class Function>
   void over_layers(Function function) {
-    [&]<int... I>(std::integer_sequence<int, I...>) { (function.template operator()<I>(), ...); }(std::make_integer_sequence<int, COUNT>());
+    [&]<int... I>(std::integer_sequence<int, I...>) {
+      (function.template operator()<I>(), ...);
+    }(std::make_integer_sequence<int, COUNT>());
   }
 
   template <class Function>
@@ -280,11 +293,17 @@ class Network {
   static constexpr int CUT = cut();
 
   template <int I>
-  float* input() { return values[place(I)].get(); }
+  float* input() {
+    return values[place(I)].get();
+  }
   template <int I>
-  float* output() { return values[place(I + 1)].get(); }
+  float* output() {
+    return values[place(I + 1)].get();
+  }
   template <int I>
-  float* slope() { return slopes[place(I + 1)].get(); }  // of the outputs
+  float* slope() {
+    return slopes[place(I + 1)].get();
+  }  // of the outputs
 
   All layers;
   Array<float> values[COUNT + 1], slopes[COUNT + 1];
