@@ -18,7 +18,7 @@ from sparsity.data import Images, Splits
 from sparsity.errors import ConfigError
 from sparsity.kernels import UnsupportedError, kernels_of, library
 from sparsity.kernels.chain import chain_of
-from sparsity.kernels.library import Library, library_of
+from sparsity.kernels.library import library_of
 from sparsity.population import stack
 from sparsity.stages.regularizing import total_penalty
 from sparsity.step import Form, Penalty
@@ -347,13 +347,6 @@ def test_a_failed_build_is_told_once(monkeypatch, caplog, tmp_path):
     for _ in range(2):
         assert library_of(chain_of(network("linear"), torch.zeros(1, 7, 3))) is None
     assert caplog.text.count("kernels cannot be compiled") == 1 and not list(tmp_path.rglob("*.so"))
-
-
-def test_what_is_not_worth_a_build_is_found_if_it_is_there(monkeypatch, tmp_path):
-    monkeypatch.setenv("SPARSITY_KERNELS", str(tmp_path))
-    chain = chain_of(network("one unit"), torch.zeros(1, 1))
-    assert library_of(chain, may_build=False) is None
-    assert isinstance(library_of(chain), Library) and isinstance(library_of(chain, may_build=False), Library)
 
 
 @pytest.mark.slow

@@ -29,15 +29,13 @@ def kernels_of(
     splits: Splits,
     optimizer: torch.optim.Optimizer,
     *,
-    may_build: bool = True,
     loss: Callable[..., Any] = cross_entropy,
     **how: bool,
 ) -> Kernels | None:
     """The kernels of a population's network; None where they cannot be compiled, which is told once.
 
-    may_build: whether it is worth the time of the compiler; what was compiled before is found anyway. Raises
-    UnsupportedError where the network, or how it is trained, is none that there are kernels for.
+    Raises UnsupportedError where the network, or how it is trained, is none that there are kernels for.
     """
     chain = check_supported(population, splits, optimizer, loss=loss, **how)
-    library = library_of(chain, may_build=may_build)
+    library = library_of(chain)
     return None if library is None else Kernels(chain, library)

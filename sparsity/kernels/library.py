@@ -38,15 +38,10 @@ class Library:
         self.functions.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
 
 
-def library_of(chain: Chain, *, may_build: bool = True) -> Library | None:
-    """The library of a chain; None, told once, where it cannot be built, or may not be and is not kept.
-
-    may_build: whether it is worth the time of the compiler.
-    """
+def library_of(chain: Chain) -> Library | None:
+    """The library of a chain; None, told once, where it cannot be built."""
     place = _place(chain.source)
-    if place is None or (not may_build and _kept(place) is None):
-        return None
-    return _loaded(chain.source, place)
+    return None if place is None else _loaded(chain.source, place)
 
 
 @functools.cache

@@ -206,14 +206,12 @@ def _kernels(
         return None
     is_asked = context.step == "kernels"
     is_low = context.precision_is_asked and context.precision is not torch.float32
-    if not is_asked and (is_low or not pays(population)):
+    if not is_asked and (is_low or num_steps < WORTH_BUILDING or not pays(population)):
         return None
     try:
         if is_low:
             raise UnsupportedError("they compute in float32, and precision is another")
-        return kernels_of(
-            population, context.splits, optimizer, may_build=is_asked or num_steps >= WORTH_BUILDING, **how
-        )
+        return kernels_of(population, context.splits, optimizer, **how)
     except UnsupportedError as error:
         if is_asked:
             raise ConfigError(f"step=kernels: there are none, as {error}: take step=auto") from error
@@ -221,12 +219,12 @@ def _kernels(
 
 
 def pays(population: Population) -> bool:
-    """Whether kernels are known to be faster than torch: of what masks have left, or of no convolution."""
+    """Whether kernels are known to be faster than torch: of what masks have left, or of weights that caches hold."""
     weights = [name for name, layout in population.layouts.items() if layout.kind == "weight"]
     sizes = {name: population.parameters[name].numel() for name in weights}
     left = sum(int(population.masks[name].sum()) if name in population.masks else sizes[name] for name in weights)
-    most = SPARSE * sum(sizes.values()) if convolves(population) else MOST_DENSE * population.num_members
-    return left <= most
+    most = MOST_CONVOLVED if convolves(population) else MOST_DENSE
+    return left <= max(SPARSE * sum(sizes.values()), most * population.num_members)
 
 
 def _optimizer(optimizer: Call, lr: float, weight_decay: float, tensors: list[Tensor]) -> torch.optim.Optimizer:
@@ -269,6 +267,6 @@ def way_of(context: Context, population: Population, num_steps: int, targets: Se
 # Steps of a stage. Recording takes 0.3 s and gains 0.5 ms a step on LeNet-300-100 with HS; compiling gains 0.7 ms more
 # and takes 2 s, or once 11 s on a machine that has not compiled the network before.
 WORTH_RECORDING, WORTH_COMPILING = 1_000, 8_000
-WORTH_BUILDING = 2_000  # steps: a library takes 4 s, and gains 2 ms a step on LeNet-300-100 with HS
-SPARSE = 0.1  # of a network with convolutions: the share of the weights, below which kernels are faster than torch
-MOST_DENSE = 1_500_000  # weights of one without, which stay in a processor's caches
+WORTH_BUILDING = 2_000  # steps: a library takes 4 s once, and gains 1 ms a step and more
+SPARSE = 0.1  # the share of the weights, below which kernels are faster than torch whatever the network
+MOST_DENSE, MOST_CONVOLVED = 1_500_000, 500_000  # weights of a network without convolutions, and of one with them
