@@ -25,6 +25,7 @@ from sparsity.artifact.file import as_call, as_data, check
 from sparsity.artifact.program import LEAVES, function_of, last_uses, leaves
 from sparsity.errors import ExportError, reason
 from sparsity.graph.tape import Call, Named, Ref
+from sparsity.quantizing import LEVELS
 
 FORMAT = 1
 PROGRAM = "program.json"
@@ -75,6 +76,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "expand": _expand,
     "gather": lambda inputs, axis, index: np.take(inputs, index, axis),
     "clone": lambda inputs: inputs,
+    "rounded": lambda inputs, step, zero: (np.clip(np.round(inputs / step) + zero, 0, LEVELS) - zero) * step,
 }
 
 

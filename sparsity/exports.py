@@ -9,9 +9,12 @@ import copy
 import io
 import json
 import logging
+import statistics
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,13 +24,21 @@ from torch import Tensor, nn
 
 from sparsity import csr as matrices
 from sparsity import files
-from sparsity.artifact import About, Network, Program
+from sparsity.artifact import About, Network, Program, is_quantized, with_integers
+from sparsity.artifact.program import function_of
+from sparsity.artifact.quantizing import DEQUANTIZED, ROUNDED
 from sparsity.data import Files, Images
 from sparsity.errors import ExportError, reason
+from sparsity.graph.tape import Call
 from sparsity.kinds import PositiveCount, Range
 
 AT_ONCE = 100  # images
+LATENCIES = (1, 256)  # images whose latency is measured
+SECONDS, ROUNDS = 0.1, 5  # of measuring each, at least
 TOLERANCE = 1e-3  # of the largest output: what another program's order of sums may make of it, and no other network
+IN_STEPS = (
+    0.05  # the same of a network in whole numbers: sums near a half are rounded by one step, which layers pass on
+)
 INPUT, OUTPUT, BATCH = "images", "outputs", "batch"
 ABOUT = "about.json"  # within a file of torch.export
 
@@ -40,18 +51,22 @@ class Exported:
     difference: float  # the largest of any output
     accuracy: float  # of what was written, in [0, 1]
     notes: Sequence[str] = ()  # what there is to say of it
+    latency: dict[str, float] = field(default_factory=dict)  # seconds of a batch, by its size, where they were measured
 
 
 def onnx(network: Network, test: Images | Files, folder: Path, *, opset: Annotated[int, Range(18, 23)]) -> Exported:
     """`compact.onnx`, for any runtime of ONNX: one file with its weights, of images in batches of any size.
 
     opset: the version of ONNX's operators; newer ones need newer runtimes. The file's metadata holds the names of the
-    classes and the shape of an image as JSON.
+    classes and the shape of an image as JSON. Of a network in whole numbers it has int8 weights, and says by
+    QuantizeLinear and DequantizeLinear where runtimes may compute in integers.
     """
     with _exporting("onnx", folder):
         raw = Raw(network, test)
         content = _onnx(raw, opset)
-        return _written(folder, "compact.onnx", content, _checked(raw, test, _onnxruntime(content)))
+        run = _onnxruntime(content)
+        written = _written(folder, "compact.onnx", content, _checked(raw, test, run))
+        return replace(written, latency=_latency(run, test))
 
 
 def torch_export(network: Network, test: Images | Files, folder: Path) -> Exported:
@@ -176,9 +191,23 @@ def _checked(raw: Raw, test: Images | Files, run: Callable[[Tensor], Tensor]) ->
         difference = torch.maximum(difference, (found - expected).abs().max())  # NaN where any is
         largest = torch.maximum(largest, expected.abs().max())
         correct += int((found.argmax(1) == labels).sum()) if number else 0
-    if not difference <= TOLERANCE * largest:
+    if not difference <= (IN_STEPS if is_quantized(raw.network.program) else TOLERANCE) * largest:
         raise ValueError(f"its outputs of up to {largest:.2g} differ from PyTorch's by {difference:.2g}")
     return difference.item(), correct / len(test)
+
+
+def _latency(run: Callable[[Tensor], Tensor], test: Images | Files) -> dict[str, float]:
+    """The seconds that a batch of 1 and of 256 takes: the median of many."""
+    found = {}
+    for size in LATENCIES:
+        (batch, *_) = test.batches(torch.arange(size).remainder(len(test)).unsqueeze(0), size)
+        images, taken = batch.images[0].cpu(), []
+        while len(taken) <= ROUNDS or sum(taken) < SECONDS:
+            start = time.perf_counter()
+            run(images)
+            taken.append(time.perf_counter() - start)
+        found[str(size)] = statistics.median(taken[1:])  # the first warms up
+    return found
 
 
 def _written(
@@ -210,8 +239,12 @@ def _without_traces(traced: torch.export.ExportedProgram) -> torch.export.Export
 
 
 def _onnx(raw: Raw, opset: int) -> bytes:
-    """The bytes of a checked ONNX file."""
+    """The bytes of a checked ONNX file; of a network in integers, with the operators that quantize for runtimes."""
     from onnx import checker, helper
+
+    if is_quantized(raw.network.program):
+        raw = copy.deepcopy(raw)
+        raw.network = Network(with_integers(raw.program()), functions=partial(_in_onnx, opset=opset)).eval()
 
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -224,6 +257,25 @@ def _onnx(raw: Raw, opset: int) -> bytes:
     content = model.SerializeToString(deterministic=True)
     checker.check_model(content, full_check=True)
     return content
+
+
+def _in_onnx(call: Call, opset: int) -> Callable[..., Any]:
+    """What writes a call down for ONNX, where it has an operator that PyTorch has none for."""
+
+    def operator(name: str, given: Sequence[Tensor], dtype: torch.dtype, **attributes: int) -> Tensor:
+        shape = given[0].shape
+        return torch.onnx.ops.symbolic(name, given, attributes, dtype=dtype, shape=shape, version=opset)
+
+    def rounded(inputs: Tensor, step: float, zero: float) -> Tensor:
+        by = torch.tensor(step), torch.tensor(zero, dtype=torch.uint8)
+        whole = operator("QuantizeLinear", (inputs, *by), torch.uint8)
+        return operator("DequantizeLinear", (whole, *by), torch.float32)
+
+    def dequantized(codes: Tensor, scales: Tensor, axis: int) -> Tensor:
+        zeros = torch.zeros(scales.shape, dtype=codes.dtype)  # which runtimes look for before they take integers
+        return operator("DequantizeLinear", (codes, scales, zeros), torch.float32, axis=axis)
+
+    return {ROUNDED: rounded, DEQUANTIZED: dequantized}.get(call.name) or function_of(call)
 
 
 def _rename(graph: Any, network: Network) -> None:

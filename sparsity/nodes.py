@@ -174,13 +174,22 @@ class Adapt:
 
 
 @dataclass(frozen=True)
-class Quantizer:
-    """How weights are put in few bits."""
+class Calibration:
+    """What is read of train for the ranges of layers' inputs."""
 
-    function: QuantizerFunction
+    batches: PositiveCount
+    batch_size: PositiveCount
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """How weights are put in few bits, and whether the inputs of layers are."""
+
+    function: QuantizerFunction | None  # None: nothing is
     bits: Annotated[int, Range(2, 8)]  # of an entry
     apply_to: Kinds
     codes: CodesFunction | None = None  # by which entries share a value, if the function asks for them
+    activations: Calibration | None = None  # of inputs in uint8; None: they stay as they are
 
 
 @dataclass(frozen=True)

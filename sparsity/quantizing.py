@@ -9,6 +9,8 @@ from torch import Tensor
 
 from sparsity.kinds import PositiveCount
 
+LEVELS = 255  # of an activation: uint8, as processors multiply it by int8
+
 
 def symmetric(weight: Tensor, *, bits: int) -> Tensor:
     """round(w / s) · s, s = max |w| / (2^(bits − 1) − 1) of each output; Jacob et al., 2018.
@@ -31,6 +33,29 @@ def shared(weight: Tensor, codes: Tensor, *, bits: int) -> Tensor:
     counts = torch.zeros_like(sums).scatter_add(0, places, torch.ones_like(entries))
     means = (sums / counts.clamp_min(1)).to(weight.dtype)
     return torch.where(codes > 0, means.gather(0, places).view_as(weight), 0)
+
+
+def activations(inputs: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """(clamp(round(x / s) + z, 0, 255) − z) · s, with s and z of `steps`; 0 stays 0.
+
+    The gradient passes where x is within the range; Jacob et al., 2018.
+    """
+    step, zero = steps(low, high)
+    within = inputs.clamp(-zero * step, (LEVELS - zero) * step)
+    return in_steps(inputs, step, zero).detach() + (within - within.detach())
+
+
+def in_steps(inputs: Tensor, step: Tensor | float, zero: Tensor | float) -> Tensor:
+    """What uint8 makes of numbers: whole multiples of a step, from −zero to 255 − zero of them; as ONNX defines it."""
+    return (((inputs / step).round() + zero).clamp(0, LEVELS) - zero) * step
+
+
+def steps(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """s = (high − low) / 255 and z = round(−low / s): whole numbers from 0 to 255 over a range that has 0 in it."""
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    step = high / LEVELS - low / LEVELS
+    step = torch.where(step >= torch.finfo(step.dtype).tiny, step, 1)
+    return step, (-low / step).round()
 
 
 def clusters(weight: Tensor, *, bits: int, rounds: PositiveCount) -> Tensor:

@@ -9,17 +9,19 @@ from conftest import ROOT, choices, context_of
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_training import generators, linear, loop, splits
+from torch import nn
 
 from sparsity import config, nodes
 from sparsity.errors import ConfigError
 from sparsity.graph import trace
-from sparsity.quantizing import clusters, shared, symmetric
+from sparsity.population import stack
+from sparsity.quantizing import activations, clusters, shared, symmetric
 from sparsity.stages import quantize
-from sparsity.stages.quantizing import quantized_by
+from sparsity.stages.quantizing import between, input_ranges, quantized_by
 from sparsity.tensors import nonzero
 from sparsity.training import train
 
-NAMES = choices("quantize")
+NAMES = [name for name in choices("quantize") if name != "none"]
 WEIGHTS = {"drawn": 1.0, "tiny": 1e-38, "huge": 1e30, "zeros": 0.0}
 
 
@@ -107,6 +109,126 @@ def test_there_are_as_few_values_as_bits_say(name, bits):
         assert torch.allclose(seen_of(name, found, bits=bits), found, rtol=1e-5, atol=0)
 
 
+RANGES = {"both": (-1.3, 2.1), "above": (0.4, 3.0), "below": (-2.0, -1.0), "zeros": (0.0, 0.0), "tiny": (0.0, 1e-40)}
+RANGES["huge"] = (-3e38, 3e38)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_inputs_in_uint8(name):
+    low, high = (torch.tensor(end) for end in RANGES[name])
+    inputs = torch.cat([torch.linspace(-3, 4, 500), torch.zeros(1), low[None], high[None]]).requires_grad_()
+    found = activations(inputs, low, high)
+    (slope,) = torch.autograd.grad(found.sum(), inputs)
+    assert found.isfinite().all() and (found[500] == 0) and slope.isfinite().all()
+    if name in ("both", "above", "below"):
+        step = (max(high, 0.0) - min(low, 0.0)) / 255
+        zero = round(-min(low.item(), 0.0) / step.item())
+        plain = torch.stack(
+            [step * (min(max(round((x / step).item()) + zero, 0), 255) - zero) for x in inputs.detach()]
+        )
+        torch.testing.assert_close(found, plain)
+        ends = torch.stack([-zero * step, (255 - zero) * step])
+        clear = (inputs[:, None] - ends).abs().amin(1) > 1e-5
+        assert torch.equal((slope == 1)[clear], ((inputs > ends[0]) & (inputs < ends[1]))[clear]), "outside it is 0"
+        assert (found - inputs)[(inputs > min(low, 0.0)) & (inputs < max(high, 0.0))].abs().max() <= 0.501 * step
+
+
+def two_layers(members=2):
+    """A population of convolutions and a linear layer, whose weights are half zero."""
+    modules = []
+    for seed in range(members):
+        torch.manual_seed(seed)
+        convolutions = nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Conv2d(3, 4, 2, bias=False), nn.ReLU()
+        modules.append(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(36, 2)))
+        with torch.no_grad():
+            for parameter in modules[-1].parameters():
+                parameter[parameter.abs() < 0.1] = 0
+    return stack(modules)
+
+
+def stage_of(name, population, seeds, *, epochs=2, step="eager", **more):
+    context = replace(context_of(trace(population.module, splits().example()), splits(), seeds), step=step)
+    numbers = {"schedule": nodes.StageSchedule(epochs, 1e-2, "constant", 0.0, 0.0), "batch_size": 16}
+    adam = nodes.Call("optimizer", "torch.optim.Adam", torch.optim.Adam, {"fused": True})
+    methods = [node_of(name, **more)] * population.num_members
+    return quantize(population, context, method=methods, optimizer=adam, **numbers)
+
+
+@pytest.mark.parametrize("step", ["eager", "recorded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_members_of_a_stage_are_as_alone(name, step):
+    population = two_layers()
+    together = stage_of(name, population, (0, 1), step=step)
+    for member in (0, 1):
+        alone, again = (stage_of(name, population.take([member]), (member,), step=step) for _ in range(2))
+        for key, tensor in alone.population.parameters.items():
+            assert torch.allclose(tensor[0], together.population.parameters[key][member], atol=1e-5), key
+            assert torch.equal(tensor, again.population.parameters[key]), "same seed, same numbers"
+        one, other = alone.notes[0]["quantized"], together.notes[member]["quantized"]
+        assert one["inputs"].keys() == other["inputs"].keys() == ({*one["layers"]} if name == "int8" else set())
+        for layer, ends in one["inputs"].items():
+            assert ends == pytest.approx(other["inputs"][layer], rel=1e-5)
+        assert one["accuracy"] == other["accuracy"] and not alone.notes[0]["said"]
+        chosen = alone.history[alone.selected_epoch[0]]
+        assert one["accuracy"]["after"] == {"validation": chosen.validation[0], "test": chosen.test[0]}
+
+
+def test_a_network_between_ranges_is_what_is_computed_plainly():
+    population = two_layers(1)
+    module, images = population.module.eval(), splits().example()
+    context = context_of(trace(module, images), splits())
+    node = node_of("int8", activations={"batches": 1, "batch_size": 7})
+    generator = torch.Generator().manual_seed(3)
+    found = input_ranges(population, node, context, [generator])
+    order = torch.randperm(len(splits().train), generator=torch.Generator().manual_seed(3))[:7]
+    whole = splits().scale(splits().train.images[order])
+    within, plain, seen = between(population, found), images, {}
+    for name, layer in module.named_children():
+        if hasattr(layer, "weight"):
+            seen[f"{name}.weight"] = torch.stack([whole.min(), whole.max()])
+            plain = activations(plain, *seen[f"{name}.weight"])
+        plain, whole = layer(plain), layer(whole)
+    for name, ends in seen.items():
+        torch.testing.assert_close(found[name][0], ends)
+    tensors = {name: t[0] for part in (within.parameters, within.buffers) for name, t in part.items()}
+    outputs = torch.func.functional_call(within.module, tensors, (images,))
+    torch.testing.assert_close(outputs, plain)
+    assert not torch.allclose(outputs, module(images), atol=1e-5)
+
+
+def test_nothing_is_quantized_by_none():
+    population = two_layers(1)
+    outcome = stage_of("none", population, (0,))
+    assert outcome.population is population and not outcome.history
+    assert "quantizes nothing: weights stay as they are" in outcome.notes[0]["said"][0]
+
+
+class Product(nn.Module):
+    """Multiplies by its second weight in a way of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(36, 4), nn.Linear(4, 2)
+
+    def forward(self, images):
+        return torch.einsum("bi,oi->bo", self.one(images.flatten(1)).relu(), self.two.weight) + self.two.bias
+
+
+def test_inputs_that_no_layer_takes_stay_and_are_told():
+    note = stage_of("int8", stack([Product()]), (0,)).notes[0]
+    assert [*note["quantized"]["inputs"]] == ["one.weight"] and len(note["quantized"]["layers"]) == 2
+    assert note["said"] == ["inputs of two.weight stay float32: no linear layer or convolution uses it directly"]
+
+
+def test_a_layer_that_is_all_zero_is_finite():
+    population = two_layers()
+    population.parameters["2.weight"].zero_()
+    for name in NAMES:
+        outcome = stage_of(name, population, (0, 1))
+        assert not outcome.population.parameters["2.weight"].any() and outcome.diverged == [None, None]
+        assert all(t.isfinite().all() for t in outcome.population.parameters.values())
+
+
 @pytest.mark.parametrize("way", ["eager", "recorded"])
 @pytest.mark.parametrize("name", NAMES)
 def test_members_together_are_as_alone(name, way):
@@ -142,10 +264,10 @@ def test_the_stage_holds_zeros_and_selects(name, epochs):
     after = outcome.population.parameters[key]
     assert not nonzero(after)[~nonzero(pruned)].any() and nonzero(after).sum() > 0.8 * nonzero(pruned).sum()
     assert len(outcome.history) == epochs + 1 and outcome.selected_epoch[0] in range(epochs + 1)
-    assert (
-        outcome.notes
-        == [{"quantized": {"method": node_of(name).function.function.__name__, "bits": node_of(name).bits}}] * 2
-    )
+    for note in outcome.notes:
+        about, own = note["quantized"], node_of(name)
+        assert (about["method"], about["bits"]) == (own.function.function.__name__, own.bits)
+        assert about["layers"] == [key] and [*about["inputs"]] == ([key] if own.activations else [])
     if not epochs:
         seen = quantized_by([node_of(name)] * 2, population, context)(population.parameters)
         assert torch.equal(after, seen[key])
@@ -165,7 +287,10 @@ def test_as_typed(run, name, tmp_path):
     small = ("model=mlp", "model.factory.hidden=[30]", "plots=false", "quantize.bits=4", f"quantize={name}")
     result = run("recipe=quantized", *small)
     last = result["stages_run"][-1]
-    assert last["name"] == "quantize" and last["quantized"] == {"method": name, "bits": 4}
+    assert last["name"] == "quantize" and (last["quantized"]["method"], last["quantized"]["bits"]) == (name, 4)
+    before, after = (last["quantized"]["accuracy"][when]["test"] for when in ("before", "after"))
+    assert before == result["stages_run"][-2]["accuracy"]["test"] and after > before - 0.05
+    assert (after == last["accuracy"]["test"]) or name == "int8"  # whose inputs are rounded too
     assert all(each["quantized"] is None for each in result["stages_run"][:-1])
     before = load_file(tmp_path / "run0" / "stages" / "finetune.safetensors")
     after = load_file(tmp_path / "run0" / "model.safetensors")

@@ -8,6 +8,7 @@ from sparsity import weights
 from sparsity.artifact.cutting import Cut, cut
 from sparsity.artifact.file import NAME, About, Artifact, is_compact, read, size, write, write_state
 from sparsity.artifact.program import Network, Program
+from sparsity.artifact.quantizing import Ranges, is_quantized, quantized, with_integers
 from sparsity.errors import WeightsError
 from sparsity.graph.tape import UnrecordableError
 
@@ -18,11 +19,15 @@ __all__ = [
     "Cut",
     "Network",
     "Program",
+    "Ranges",
     "UnrecordableError",
     "cut",
+    "is_quantized",
     "load",
+    "quantized",
     "read",
     "size",
+    "with_integers",
     "write",
     "write_state",
 ]

@@ -136,6 +136,15 @@ def _book(values: Tensor) -> tuple[Tensor, Tensor] | None:
     return torch.from_numpy(book).view(values.dtype), torch.from_numpy(codes.astype(np.uint8))
 
 
+def scales_of(tensor: Tensor, axis: int) -> Tensor | None:
+    """A scale of each place along an axis of which all entries there are whole multiples, as of `_scales`; -0 is 0."""
+    if tensor.dtype is not torch.float32 or not tensor.numel():
+        return None
+    tensor = tensor.detach() + 0.0
+    rows = _along(torch.arange(tensor.numel()), tensor.shape, axis)
+    return _scales(tensor.cpu().flatten(), rows, tensor.shape[axis])
+
+
 def _scales(values: Tensor, rows: Tensor, count: int) -> Tensor | None:
     """A scale of each row of which all its values are multiples from -127 to 127, bit for bit; None where one has none.
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from sparsity.graph.functions import is_known
 from sparsity.graph.slots import Held, squeezed, varying
 from sparsity.graph.tape import Batch, Call, Named, Ref, Tape
+from sparsity.quantizing import in_steps
 from sparsity.tensors import Tensors
 
 ATTENTION = "scaled_dot_product_attention"
@@ -35,6 +36,8 @@ RUNS: dict[str, Callable[..., Any]] = {
     "reshape": torch.reshape,
     "expand": lambda x, sizes: x.expand(sizes),
     "gather": torch.index_select,
+    "rounded": in_steps,
+    "dequantized": lambda codes, scales, axis: codes * scales.view(-1, *[1] * (codes.ndim - 1 - axis)),
     ATTENTION: lambda q, k, v, mask, causal, scale: F.scaled_dot_product_attention(
         q, k, v, mask, is_causal=causal, scale=scale
     ),
@@ -110,8 +113,13 @@ def _scaled_layer(layer: Call, norm: Call, tensors: Tensors) -> Call:
 class Network(nn.Module):
     """Runs a program: a module like any other, whose parameters are the program's floating-point tensors."""
 
-    def __init__(self, program: Program, buffers: Iterable[str] = ()):
-        """buffers: names of tensors that are not trained."""
+    def __init__(
+        self,
+        program: Program,
+        buffers: Iterable[str] = (),
+        functions: Callable[[Call], Callable[..., Any]] | None = None,
+    ):
+        """buffers: names of tensors that are not trained. functions: what computes each call; None: as in PyTorch."""
         super().__init__()
         self.program = program
         self.places = {name: f"tensor{place}" for place, name in enumerate(program.tensors)}
@@ -125,7 +133,7 @@ class Network(nn.Module):
         self.about: Any = None  # what its file says beside it
         self.watched: dict[int, Tensor | None] = {}  # tensors of a pass to keep, by their number
         self.steps = [
-            (function_of(call), _filler((*call.args, call.kwargs)), call.outs, done)
+            ((functions or function_of)(call), _filler((*call.args, call.kwargs)), call.outs, done)
             for call, done in zip(program.calls, last_uses(program))
         ]
 

@@ -117,7 +117,7 @@ def _check_methods(stage: Planned, population: Population, context: Context) -> 
         ):
             numbers = {name: number[0] for name, number in shrink.numbers.items()}
             shrink.function(one, torch.tensor(0.0, device=population.device), **numbers)
-        if stage.quantizers:
+        if stage.quantizers and stage.quantizers[0].function is not None:
             here = replace(context, stage=stage.name, sources=stage.sources)
             quantized_by(stage.quantizers, population, here)({**population.map(torch.Tensor.detach).parameters})
         if stage.rules:

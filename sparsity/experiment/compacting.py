@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,17 +46,24 @@ class Compact:
     latency: dict[str, Any] = field(default_factory=dict)  # seconds, of a batch: not the same from run to run
     file: dict[str, Any] | None = None
     network: Network | None = None
+    quantized: Network | None = None  # with its layers' inputs in uint8, where the run ends with them so
     lines: list[str] = field(default_factory=list)  # warnings
 
 
 def compact_member(
-    member: Population, splits: Splits, report: Report, folder: Path, about: About, at_once: int
+    member: Population,
+    splits: Splits,
+    report: Report,
+    folder: Path,
+    about: About,
+    at_once: int,
+    ranges: artifact.Ranges = MappingProxyType({}),
 ) -> Compact:
     """Writes `compact.safetensors` of a population of one and compares it with the masked network.
 
     folder: of the run, with its `model.safetensors`. about: what the file says beside the network. at_once: test images
-    in a pass. What cannot be recorded is written as weights alone, what would compute something else not at all; both
-    are told.
+    in a pass. ranges: of layers' inputs in uint8, by the weight's name. What cannot be recorded is written as weights
+    alone, what would compute something else not at all; both are told.
     """
     found = Compact({"masked": _masked(report, (folder / NETWORK).read_bytes())})
     try:
@@ -81,7 +89,17 @@ def compact_member(
     found.card["stays"] = made.stays
     found.latency = latencies({"masked": module, "compact": network}, splits, at_once)
     network.about, found.network = about, network
+    if ranges:
+        _quantize(found, Network(artifact.quantized(made, ranges)), module, splits, at_once)
     return found
+
+
+def _quantize(found: Compact, network: Network, module: nn.Module, splits: Splits, at_once: int) -> None:
+    """Takes note of the compact network in whole numbers, and of how it differs from the masked one."""
+    network.to(splits.example().device).eval().about = found.network.about
+    difference, _, (_, accuracy) = _compared(module, network, splits, at_once)
+    found.quantized = network
+    found.card["quantized"] = {**found.card["compact"], "accuracy": accuracy, "difference": difference}
 
 
 def export_compact(folder: Path, target: Path, trust: Sequence[str] = ()) -> Compact:
@@ -102,12 +120,21 @@ def export_compact(folder: Path, target: Path, trust: Sequence[str] = ()) -> Com
         report = account(parameters, population.layouts, graph, buffers=buffers)
         about = About(splits.input_shape, splits.classes, splits.mean, splits.std, figures_of(result))
         at_once = images_at_once(population, MOST_AT_ONCE, image_bytes(population, splits))
-        return compact_member(population, splits, report, target, about, at_once)
+        return compact_member(population, splits, report, target, about, at_once, ranges_of(result["stages_run"]))
+
+
+def ranges_of(stages: Sequence[Mapping[str, Any]]) -> artifact.Ranges:
+    """Of the inputs of layers, where the last of a run's stages quantized them: by the weight, lowest and highest."""
+    about = stages[-1].get("quantized") if stages else None
+    return (about or {}).get("inputs", {})
 
 
 def figures_of(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What an artifact says of its run: names of the groups, seed, accuracy, and what is left."""
-    return {name: result[name] for name in ("name", "seed", "nonzero", "total", "compression", "macs", "structure")}
+    """What an artifact says of its run: names of the groups, seed, what is left, and how the network is quantized."""
+    names = ("name", "seed", "nonzero", "total", "compression", "macs", "structure")
+    about = (result["stages_run"] or [{}])[-1].get("quantized") or {}
+    own = {name: about[name] for name in ("method", "bits", "inputs") if about.get(name)}
+    return {name: result[name] for name in names} | ({"quantized": own} if own else {})
 
 
 def as_module(member: Population) -> nn.Module:

@@ -17,7 +17,7 @@ from sparsity.config import START, Run
 from sparsity.errors import DivergedError, ExportError, SparsityError, StageError, reason
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.experiment.closing import causes, closing_lines
-from sparsity.experiment.compacting import MOST_AT_ONCE, Compact, compact_member
+from sparsity.experiment.compacting import MOST_AT_ONCE, Compact, compact_member, figures_of, ranges_of
 from sparsity.experiment.folder import check_writable, finished, held, writing
 from sparsity.experiment.job import Job, Member
 from sparsity.experiment.keys import Key
@@ -369,9 +369,18 @@ class Record:
         at_once = images_at_once(member.population, MOST_AT_ONCE, self.context.image_bytes)
         about = artifact.About(
             **{name: description[name] for name in ("input_shape", "classes", "mean", "std")},
-            figures={"name": job.run.name, "seed": job.run.seed, **results.describe_left(report)},  # as figures_of
+            figures=figures_of(
+                {
+                    "name": job.run.name,
+                    "seed": job.run.seed,
+                    "stages_run": member.stages,
+                    **results.describe_left(report),
+                }
+            ),
         )
-        found = compact_member(member.population, self.splits, report, job.folder, about, at_once)
+        found = compact_member(
+            member.population, self.splits, report, job.folder, about, at_once, ranges_of(member.stages)
+        )
         for line in found.lines:
             member.warn(line)
         if found.file is not None:
@@ -391,11 +400,14 @@ class Record:
                 continue
             try:
                 with console.waiting(f"export={name}"):
-                    made = export.function.partial()(compact.network, self.splits.test, member.job.folder)
+                    network = compact.quantized or compact.network
+                    made = export.function.partial()(network, self.splits.test, member.job.folder)
             except ExportError as error:
                 member.warn(f"export={name} is left out: {error}")
                 continue
             found[name] = {"files": made.files, "difference": made.difference, "accuracy": made.accuracy}
+            if compact.quantized is not None and made.latency:
+                compact.latency["quantized"] = made.latency
             for line in made.notes:
                 log.info(line, extra={"member": member.job.number})
             for file in made.files:

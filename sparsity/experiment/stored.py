@@ -94,6 +94,7 @@ def check(kept: Kept, like: Population) -> None:
     numbers = [note["seconds"], note["accuracy"]["test"], note["accuracy"]["validation"]]
     numbers += [number for name in ("stds", "thresholds") for number in note.get(name, {}).values()]
     numbers.append(note.get("decay"))
+    numbers += [number for ends in (note.get("quantized") or {"inputs": {}})["inputs"].values() for number in ends]
     course = note.get("course", {"steps": [], "densities": {}})
     places = [course["steps"], *course["densities"].values()]
     numbers += [number for each in places for number in each]

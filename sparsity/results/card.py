@@ -1,4 +1,4 @@
-"""The proof card: what a run's networks take, dense, masked and compact side by side, as it was measured."""
+"""The proof card: what a run's networks take, dense, masked, compact and quantized side by side, as it was measured."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from sparsity.results.pictures import COLOURS, as_typed, drawing, save
 from sparsity.tables import Column, show_table
 
 CARD = "card.png"
-KINDS = ("dense", "masked", "compact")
+KINDS = ("dense", "masked", "compact", "quantized")
 FIGURES = {  # their names on the card, as they are said, and the rank of a column that may be left out
     "parameters": ("parameters", "{:,}", 0),
     "nonzero": ("non-zeros", "{:,}", 0),

@@ -15,6 +15,7 @@ from sparsity.data import Images
 from sparsity.errors import ConfigError
 from sparsity.population import Population, over_members
 from sparsity.stages.context import Context
+from sparsity.stages.inputs import Inputs
 from sparsity.step import CROSS_ENTROPY, Loss, Penalty, arrangement, cuda_devices, losses_of, outputs, weighted
 from sparsity.tensors import Tensors, to_view
 
@@ -210,46 +211,25 @@ def _bounded(tensor: Tensor) -> Tensor:
     return tensor.clamp(-most, most).float()
 
 
-class _Inputs(TorchFunctionMode):
-    """Remembers the sums of squares of what each named weight multiplies, by input."""
-
-    def __init__(self, names: dict[int, str], layouts: dict[str, Any]):
-        super().__init__()
-        self.names, self.layouts = names, layouts
-        self.squares: Tensors = {}
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in MULTIPLIES:
-            images, weight = (args[place] if place < len(args) else kwargs[key] for place, key in enumerate(TAKES))
-            if id(weight) in self.names:
-                self._note(self.names[id(weight)], images, weight)
-        return function(*args, **kwargs)
-
-    def _note(self, name: str, images: Tensor, weight: Tensor) -> None:
-        groups, _, inputs, _ = to_view(weight.detach(), self.layouts[name]).shape
-        axis = images.ndim - 1 if weight.ndim == 2 else images.ndim - (weight.ndim - 1)
-        others = [each for each in range(images.ndim) if each != axis]
-        found = images.detach().double().square().sum(others).view(groups, 1, inputs, 1)
-        self.squares[name] = self.squares[name] + found if name in self.squares else found
-
-
-TAKES = ("input", "weight")  # what these take first
-MULTIPLIES = (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-MULTIPLIES += (torch.conv1d, torch.conv2d, torch.conv3d)
-MULTIPLIES += (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
-
-
 def _input_norm(scorer: _Scorer) -> Tensors:
     """‖x‖₂ of each input of a layer over all batches and positions, [members, groups, 1, inputs, 1]."""
     population, layouts = scorer.population, scorer.population.layouts
     module, arrange = population.module, arrangement(population)
 
     def one(parameters: Tensors, buffers: Tensors, images: Tensor) -> Tensors:
-        watching = _Inputs({id(parameters[name]): name for name in scorer.names}, layouts)
-        with watching:
+        squares: Tensors = {}
+
+        def note(name: str, inputs: Tensor, weight: Tensor) -> Tensor:
+            groups, _, count, _ = to_view(weight.detach(), layouts[name]).shape
+            axis = inputs.ndim - 1 if weight.ndim == 2 else inputs.ndim - (weight.ndim - 1)
+            others = [each for each in range(inputs.ndim) if each != axis]
+            found = inputs.detach().double().square().sum(others).view(groups, 1, count, 1)
+            squares[name] = squares[name] + found if name in squares else found
+            return inputs
+
+        with Inputs({name: parameters[name] for name in scorer.names}, note):
             torch.func.functional_call(module, (parameters, buffers), (images,))
-        return watching.squares
+        return squares
 
     mapped = over_members(one, population.num_members, (0, 0, 0))
     sums: Tensors = {}
