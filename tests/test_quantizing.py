@@ -5,13 +5,15 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, choices, context_of
+from conftest import ROOT, choices, context_of, slow
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from test_training import generators, linear, loop, splits
 from torch import nn
 
-from sparsity import config, nodes
+import sparsity
+from sparsity import artifact, config, models, nodes
+from sparsity.artifact import About
 from sparsity.errors import ConfigError
 from sparsity.graph import trace
 from sparsity.population import stack
@@ -154,7 +156,7 @@ def stage_of(name, population, seeds, *, epochs=2, step="eager", **more):
     return quantize(population, context, method=methods, optimizer=adam, **numbers)
 
 
-@pytest.mark.parametrize("step", ["eager", "recorded"])
+@pytest.mark.parametrize("step", ["eager", "recorded", *slow("compiled")])
 @pytest.mark.parametrize("name", NAMES)
 def test_members_of_a_stage_are_as_alone(name, step):
     population = two_layers()
@@ -218,6 +220,20 @@ def test_inputs_that_no_layer_takes_stay_and_are_told():
     note = stage_of("int8", stack([Product()]), (0,)).notes[0]
     assert [*note["quantized"]["inputs"]] == ["one.weight"] and len(note["quantized"]["layers"]) == 2
     assert note["said"] == ["inputs of two.weight stay float32: no linear layer or convolution uses it directly"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_member_that_diverges_is_told_and_keeps_its_last_good_state(name):
+    population = two_layers()
+    with torch.no_grad():
+        population.parameters["2.weight"][1] *= 1e10
+        population.parameters["5.weight"][1] *= 1e30  # too large for the sums of the outputs
+    outcome = stage_of(name, population, (0, 1))
+    assert outcome.diverged[0] is None and outcome.diverged[1] is not None
+    assert all(t.isfinite().all() for t in outcome.population.parameters.values())
+    alone = stage_of(name, population.take([0]), (0,))
+    for key, tensor in alone.population.parameters.items():
+        assert torch.allclose(tensor[0], outcome.population.parameters[key][0], atol=1e-5)
 
 
 def test_a_layer_that_is_all_zero_is_finite():
@@ -299,3 +315,80 @@ def test_as_typed(run, name, tmp_path):
         assert (tensor[before[key] == 0] == 0).all() and not torch.equal(tensor, before[key])
         assert max(len(row.unique()) for row in (tensor if name == "int8" else [tensor])) <= 16
     assert result["accuracy"]["final"]["test"] > result["stages_run"][-2]["accuracy"]["test"] - 0.05
+
+
+def test_a_stage_from_the_store_says_the_same(run):
+    given = ("recipe=quantized", "model=mlp", "model.factory.hidden=[10]", "plots=false", "store=kept")
+    first, second = run(*given), run(*given)
+    assert first["computed"][-1] == "quantize" and not second["computed"]
+    assert first["stages_run"][-1]["quantized"] == second["stages_run"][-1]["quantized"]
+    assert first["card"]["quantized"]["accuracy"] == second["card"]["quantized"]["accuracy"]
+    other = run(*given, "quantize.activations.batches=3")
+    assert other["computed"] == ["quantize"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["recipe=quantized", "quantize=none"], "quantize=none quantizes nothing: weights stay as they are"),
+        (["quantize=shared"], "quantize does nothing: no stage of recipe=standard reads it"),
+        (["quantize.bits=3"], "quantize.bits does nothing: no stage of recipe=standard reads it"),
+    ],
+)
+def test_settings_that_do_nothing_are_told(run, overrides, line):
+    result = run(*overrides, "model=mlp", "model.factory.hidden=[10]", "plots=false")
+    assert any(line in each for each in result["warnings"])
+
+
+@pytest.mark.parametrize("setting", ["bits=1", "bits=9", "bits=2.5", "activations.batches=0", "apply_to=[weights]"])
+def test_settings_out_of_range_are_refused(run, setting):
+    with pytest.raises(ConfigError, match=f"quantize.{setting.partition('=')[0].partition('[')[0]}") as caught:
+        run("recipe=quantized", f"quantize.{setting}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("recipe", ["iterative", "gradual", "magnitude"])
+def test_recipes_take_the_stage_at_their_end(run, recipe):
+    stages = {"iterative": "[pretrain,{repeat:2,stages:[regularize,prune,finetune]},quantize]"}
+    stages |= {"gradual": "[pretrain,train,quantize]", "magnitude": "[pretrain,prune,finetune,quantize]"}
+    small = ("model=mlp", "model.factory.hidden=[10]", "plots=false", "budget.compression=5")
+    config = ROOT / "conf" / "recipe" / "quantized.yaml"
+    node = OmegaConf.to_container(OmegaConf.load(config))["recipe"]["quantize"]
+    added = [f"+recipe.quantize.{key}={value}" for key, value in node.items()]
+    result = run(f"recipe={recipe}", *small, f"stages={stages[recipe]}", *added)
+    assert result["stages_run"][-1]["quantized"]["method"] == "int8"
+    assert result["compression"]["weights"] >= 5 and "quantized" in result["card"]
+
+
+@pytest.mark.parametrize(("model", "share", "bits", "smaller"), [("lenet300", 0.02, 5, 60), ("lenet5", 0.01, 4, 150)])
+def test_files_are_as_small_as_they_should_be(model, share, bits, smaller, tmp_path):
+    torch.manual_seed(0)
+    module = getattr(models, model)(input_shape=(1, 28, 28), num_classes=10).eval()
+    population = stack([module])
+    with torch.no_grad():
+        for parameter in population.parameters.values():
+            parameter *= torch.rand(parameter.shape) < share  # anywhere, which takes the most bytes to say
+    context = context_of(trace(module, torch.rand(1, 1, 28, 28)), splits())
+    seen = quantized_by([node_of("shared", bits=bits)], population, context)(population.parameters)
+    module.load_state_dict({name: parameter[0] for name, parameter in seen.items()})
+    written = artifact.write(tmp_path / "file", artifact.cut(module, torch.rand(1, 1, 28, 28)), About((1, 28, 28)))
+    dense = 4 * sum(parameter.numel() for parameter in module.parameters())
+    assert dense > smaller * written["bytes"]
+    with torch.no_grad():
+        images = torch.rand(9, 1, 28, 28)
+        torch.testing.assert_close(sparsity.load(tmp_path / "file")(images), module(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantizer", "smaller"), [("shared", 60), ("int8", 50)])
+def test_files_of_trained_networks_are_too(run, mnist_root, quantizer, smaller):
+    given = ["data=mnist", f"data.root={mnist_root}", "schedule=fast", "reg=hs", "budget.compression=50", "threads=1"]
+    given += [f"schedule.{stage}.epochs=2" for stage in ("pretrain", "finetune", "quantize")]
+    given += ["schedule.regularize.epochs=6", "plots=false", "store=kept"]
+    result = run("recipe=quantized", f"quantize={quantizer}", *given)
+    card = result["card"]
+    assert card["masked"]["bytes"] > smaller * card["compact"]["bytes"]
+    assert card["compact"]["accuracy"] == result["accuracy"]["final"]["test"] > 0.96
+    if quantizer == "int8":
+        after = result["stages_run"][-1]["quantized"]["accuracy"]["after"]["test"]
+        assert card["quantized"]["accuracy"] == pytest.approx(after, abs=0.002) and after > 0.96
