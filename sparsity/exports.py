@@ -28,6 +28,7 @@ from sparsity.artifact import About, Network, Program, is_quantized, with_intege
 from sparsity.artifact.program import function_of
 from sparsity.artifact.quantizing import DEQUANTIZED, ROUNDED
 from sparsity.data import Files, Images
+from sparsity.data.scaling import column, scaled
 from sparsity.errors import ExportError, reason
 from sparsity.graph.tape import Call
 from sparsity.kinds import PositiveCount, Range
@@ -130,8 +131,7 @@ class Raw(nn.Module):
         self.dtype = next(_batches(test))[0].dtype
         for name in ("mean", "std"):
             numbers = getattr(self.about, name)
-            column = numbers and torch.tensor(numbers).view(-1, *[1] * (len(self.about.input_shape) - 1))
-            self.register_buffer(name, column)
+            self.register_buffer(name, numbers and column(numbers, len(self.about.input_shape)))
         self.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -139,10 +139,8 @@ class Raw(nn.Module):
         return self.network(self.scaled(images))
 
     def scaled(self, images: Tensor) -> Tensor:
-        """Images as the network takes them: uint8 to [0, 1], then (x − mean) / std."""
-        if not images.is_floating_point():
-            images = images.float() * (1 / 255)
-        return images if self.mean is None else (images - self.mean) / self.std
+        """Images as the network takes them."""
+        return scaled(images, self.mean, self.std)
 
     def program(self) -> Program:
         """The network's program with its tensors as they are here."""

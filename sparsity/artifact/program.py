@@ -218,57 +218,68 @@ def function_of(call: Call) -> Callable[..., Any]:
 
 def _plain(call: Call, tape: Tape, tensors: Tensors) -> Call:
     """A call under the name that users know, without what evaluation does not need."""
-    name, args, first = call.name, call.args, call.outs[:1]
+    found = None
+    if call.name in RENAMED:
+        found = RENAMED[call.name](*call.args)
+    elif call.name in UNDERSTOOD:
+        found = UNDERSTOOD[call.name](call, tape, tensors)
+    if found is not None:
+        return Call(found[0], tuple(found[1:]), {}, call.outs[:1])
+    kwargs = {key: value for key, value in call.kwargs.items() if key not in UNNEEDED and value is not None}
+    return replace(call, args=tuple(call.args), kwargs=kwargs)
 
-    def plain(function: str, *given: Any) -> Call:
-        return Call(function, given, {}, first)
 
-    if name in ("addmm", "mm") and not call.kwargs:
-        shift, (left, right) = (args[0], args[1:3]) if name == "addmm" else (None, args)
-        weight = _transposed(right, tape, tensors)
-        if weight is not None and isinstance(left, Ref) and (shift is None or _is_vector(shift, tensors)):
-            return plain("linear", left, weight, shift)
-    if name == "bmm" and isinstance(args[0], Ref):
-        weight = _transposed(args[1], tape, tensors)
-        if weight is not None:
-            return plain("linear", args[0], weight, None)
-    if name == "_native_batch_norm_legit_no_training":
-        x, scale, shift, mean, variance, _, eps = args
-        return plain("batch_norm", x, mean, variance, scale, shift, eps)
-    if name == "native_batch_norm" and not args[5]:
-        x, scale, shift, mean, variance, _, _, eps = args
-        return plain("batch_norm", x, mean, variance, scale, shift, eps)
-    if name == "native_layer_norm":
-        return plain("layer_norm", *args)
-    if name == "native_group_norm":
-        x, scale, shift, _, _, _, groups, eps = args
-        return plain("group_norm", x, groups, scale, shift, eps)
-    if name.startswith("max_pool") and name.endswith("_with_indices") and call.outs[1:] in ((), (None,)):
-        return plain(name.removesuffix("_with_indices"), *args)
-    if name.startswith("max_pool") and name.endswith("_with_indices") and not _is_read(call.outs[1], tape):
-        return plain(name.removesuffix("_with_indices"), *args)
-    if name in ("_softmax", "_log_softmax"):
-        return plain(name.removeprefix("_"), args[0], args[1])
-    if name in ("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy", "reshape"):
-        return plain("reshape", args[0], list(args[1]))
-    if name == "expand":
-        return plain("expand", args[0], list(args[1]))
-    if name == "convolution":
-        return plain("convolution", *args)
-    if name in ("clone", "contiguous", "detach", "alias", "lift_fresh"):
-        return plain("clone.default", args[0])
-    if name == "_scaled_dot_product_flash_attention_for_cpu":
-        queries, keys, values, *more = args
-        causal = more[1] if len(more) > 1 else False
-        depth = tape.shapes[queries.number][-1]
-        scale = call.kwargs.get("scale") or 1 / math.sqrt(depth)
-        return plain(ATTENTION, queries, keys, values, call.kwargs.get("attn_mask"), causal, scale)
-    kwargs = {
-        key: value
-        for key, value in call.kwargs.items()
-        if key not in ("device", "layout", "pin_memory", "memory_format") and value is not None
-    }
-    return replace(call, args=tuple(args), kwargs=kwargs)
+UNNEEDED = ("device", "layout", "pin_memory", "memory_format")
+VIEWS = ("view", "_unsafe_view", "_reshape_alias", "_reshape_copy", "view_copy", "reshape")
+COPIES = ("clone", "contiguous", "detach", "alias", "lift_fresh")
+Plain = tuple[Any, ...] | None  # a name and what is given there; None: the call stays as it is
+
+# The functions of torch's library that are kept under another name, by what they are given.
+RENAMED: dict[str, Callable[..., Plain]] = {
+    "_native_batch_norm_legit_no_training": lambda x, scale, shift, mean, variance, _, eps: (
+        "batch_norm", x, mean, variance, scale, shift, eps
+    ),
+    "native_batch_norm": lambda x, scale, shift, mean, variance, is_training, _, eps: (
+        None if is_training else ("batch_norm", x, mean, variance, scale, shift, eps)
+    ),
+    "native_layer_norm": lambda *args: ("layer_norm", *args),
+    "native_group_norm": lambda x, scale, shift, _n, _c, _p, groups, eps: ("group_norm", x, groups, scale, shift, eps),
+    "_softmax": lambda x, axis, *_: ("softmax", x, axis),
+    "_log_softmax": lambda x, axis, *_: ("log_softmax", x, axis),
+    "expand": lambda x, sizes, *_: ("expand", x, list(sizes)),
+    "convolution": lambda *args: ("convolution", *args),
+    **dict.fromkeys(VIEWS, lambda x, sizes, *_: ("reshape", x, list(sizes))),
+    **dict.fromkeys(COPIES, lambda x, *_: ("clone.default", x)),
+}  # fmt: skip
+
+
+def _product(call: Call, tape: Tape, tensors: Tensors) -> Plain:
+    """A product with a constant matrix as a linear layer."""
+    shift, (left, right) = (call.args[0], call.args[1:3]) if call.name == "addmm" else (None, call.args)
+    weight = None if call.kwargs else _transposed(right, tape, tensors)
+    is_linear = weight is not None and isinstance(left, Ref) and (shift is None or _is_vector(shift, tensors))
+    return ("linear", left, weight, shift) if is_linear else None
+
+
+def _maximum(call: Call, tape: Tape, _: Tensors) -> Plain:
+    """A maximum without the places of it, where nothing reads them."""
+    is_read = call.outs[1:] not in ((), (None,)) and _is_read(call.outs[1], tape)
+    return None if is_read else (call.name.removesuffix("_with_indices"), *call.args)
+
+
+def _attention(call: Call, tape: Tape, _: Tensors) -> Plain:
+    queries, keys, values, *more = call.args
+    causal = more[1] if len(more) > 1 else False
+    scale = call.kwargs.get("scale") or 1 / math.sqrt(tape.shapes[queries.number][-1])
+    return ATTENTION, queries, keys, values, call.kwargs.get("attn_mask"), causal, scale
+
+
+# The same, where that takes a look at the rest of the tape.
+UNDERSTOOD: dict[str, Callable[[Call, Tape, Tensors], Plain]] = {
+    **dict.fromkeys(("addmm", "mm", "bmm"), _product),
+    **{f"max_pool{axes}d_with_indices": _maximum for axes in (1, 2, 3)},
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+}
 
 
 def _is_read(number: int | None, tape: Tape) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsity.data.picture import shown
+from sparsity.data.scaling import column, scaled
 from sparsity.data.sets import Files, Images
 from sparsity.errors import ConfigError, DataError
 
@@ -77,19 +78,13 @@ class Splits:
 
     def scale(self, images: Tensor) -> Tensor:
         """Images [..., channels, *positions] as the network takes them: uint8 to [0, 1], then (x − mean) / std."""
-        if not images.is_floating_point():
-            images = images.float().mul_(1 / 255)
         if self.mean is None:
-            return images
+            return scaled(images, None, None)
         num_axes = len(self.input_shape)
-        mean, std = (_column(tuple(numbers), num_axes, images.device) for numbers in (self.mean, self.std))
-        return (images - mean) / std
+        return scaled(images, *(_column(tuple(numbers), num_axes, images.device) for numbers in (self.mean, self.std)))
 
 
-@functools.lru_cache
-def _column(numbers: tuple[float, ...], num_axes: int, device: torch.device) -> Tensor:
-    """Numbers [channels] with an axis of 1 for each further axis of an image; made once, not once a batch."""
-    return torch.tensor(numbers, device=device).view(-1, *[1] * (num_axes - 1))
+_column = functools.lru_cache(column)  # made once, not once a batch
 
 
 def split(source: Any, *, validation: float, seed: int, normalize: dict[str, list[float]] | None) -> Splits:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparsity import artifact
 from sparsity.artifact import About
 from sparsity.data.picture import Reader, Unreadable, shown
+from sparsity.data.scaling import column, scaled
 from sparsity.errors import DataError, WeightsError
 from sparsity.tables import Column, show_table
 
@@ -34,12 +35,13 @@ def predict(path: Path, images: Sequence[Path], num_classes: int) -> list[Said]:
     about = getattr(network, "about", None)
     if about is None:
         raise WeightsError(f"{path} is no compact network, which alone says what its images and classes are")
-    reader = _reader(about, path)
+    reader, num_axes = _reader(about, path), len(about.input_shape)
+    columns = [None if numbers is None else column(numbers, num_axes) for numbers in (about.mean, about.std)]
     found = []
     with torch.no_grad():
         for some in _some(images):
             pixels = torch.stack([_read(reader, image) for image in some])
-            shares = _outputs(network, scaled(about, pixels), path).softmax(1)
+            shares = _outputs(network, scaled(pixels, *columns), path).softmax(1)
             best = shares.topk(min(num_classes, shares.shape[1]), dim=1)
             for image, values, places in zip(some, best.values.tolist(), best.indices.tolist()):
                 found.append(Said(image, [_name(about, place) for place in places], values))
@@ -53,15 +55,6 @@ def show(found: Sequence[Said]) -> None:
         cells = [f"{each.classes[place]} {each.shares[place]:.1%}" for each in found]
         columns.append(Column("class" if place == 0 else f"{place + 1}.", cells, is_text=True, rank=place))
     show_table(columns)
-
-
-def scaled(about: About, pixels: Tensor) -> Tensor:
-    """Pixels of uint8 [n, channels, height, width] as the network takes them: in [0, 1], then (x − mean) / std."""
-    images = pixels.float() / 255
-    if about.mean is None:
-        return images
-    mean, std = (torch.tensor(each).view(-1, *[1] * (pixels.ndim - 2)) for each in (about.mean, about.std))
-    return (images - mean) / std
 
 
 def _outputs(network: nn.Module, images: Tensor, path: Path) -> Tensor:
