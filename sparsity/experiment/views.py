@@ -15,9 +15,9 @@ def accuracies(
 ) -> dict[str, Any]:
     """The accuracies of one member by where they were measured, each of the last stage of its kind.
 
-    dense: before the first mask, without a penalty; regularized: after a penalty; pruned: after masking; selected,
-    last, best: of the epochs of the stage that selects; final: at the end. given: of the weights that the member
-    starts from; histories: of one member, by stage.
+    dense: before the first mask, without a penalty, in all bits; regularized: after a penalty; pruned: after masking;
+    selected, last, best: of the epochs of the stage that selects; final: at the end. given: of the weights that the
+    member starts from; histories: of one member, by stage.
     """
     found: dict[str, Any] = {
         "dense": given or NOTHING,
