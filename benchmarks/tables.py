@@ -28,18 +28,27 @@ IMPORTANCES = ["magnitude", "taylor", "taylor_squared", "snip", "grasp", "brain_
 REGULARIZERS = ["none", "l1", "hoyer", "hs", "transformed_l1", "group_lasso", "sized_lasso", "group_hs"]
 REGULARIZERS += ["proximal_l1", "proximal_lasso", "p_decay"]
 FACTORS = (0.1, 0.3, 1, 3, 10)  # of a regularizer's own decay; validation chooses
-# every row trains 40 epochs: those of the standard recipe, or its own stages lengthened to as many
-RECIPES = {
-    "standard": [],
-    "adapted": [],
-    "iterative": ["rounds=2", "schedule.regularize.epochs=10", "schedule.finetune.epochs=5"],
-    "lottery": ["rounds=3"],
-    "gradual": ["schedule.regularize.epochs=30"],
-    "at_init": ["schedule.pretrain.epochs=40"],
-    "rigl": ["schedule.pretrain.epochs=40"],
-    "set": ["schedule.pretrain.epochs=40"],
-    "magnitude": ["schedule.finetune.epochs=30"],
+EPOCHS = 40  # of the standard recipe, and of every row: other recipes' stages are lengthened to as many
+
+
+def lengths(recipe: str, epochs: int) -> list[str]:
+    """What makes a recipe so many epochs long: a quarter, a half and a quarter of them where it is the standard one."""
+    eighth = epochs // 8
+    own = {"pretrain": 2, "regularize": 4, "finetune": 2} | LENGTHS.get(recipe, {})
+    return [f"schedule.{stage}.epochs={eighth * count}" for stage, count in own.items()]
+
+
+# eighths of the epochs, of stages that the standard recipe does not have so; rounds are of the same length
+LENGTHS = {
+    "iterative": {"regularize": 2, "finetune": 1},
+    "gradual": {"regularize": 6},
+    "at_init": {"pretrain": 8},
+    "rigl": {"pretrain": 8},
+    "set": {"pretrain": 8},
+    "magnitude": {"finetune": 6},
 }
+ROUNDS = {"iterative": 2, "lottery": 3}
+RECIPES = ["standard", "adapted", "iterative", "lottery", "gradual", "at_init", "rigl", "set", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -51,17 +60,19 @@ class Row:
     overrides: list[str]
 
 
-def rows() -> Iterator[Row]:
+def rows(epochs: int = EPOCHS) -> Iterator[Row]:
     """All rows of a network's tables."""
     for name in IMPORTANCES:
         rule = ["prune=percentile", "prune/cut=global", f"prune/importance={name}"]
-        yield Row("importance", name, ["recipe=magnitude", *RECIPES["magnitude"], *rule])
+        yield Row("importance", name, ["recipe=magnitude", *lengths("magnitude", epochs), *rule])
     for name in REGULARIZERS:
         own = yaml.safe_load((ROOT / f"conf/reg/{name}.yaml").read_text())["decay"]
         decays = ",".join(f"{own * factor:g}" for factor in FACTORS)
-        yield Row("reg", name, [f"reg={name}", "prune=std", *([f"reg.decay={decays}"] if own else [])])
-    for name, epochs in RECIPES.items():
-        yield Row("recipe", name, [f"recipe={name}", *epochs])
+        chosen = [f"reg.decay={decays}"] if own else []
+        yield Row("reg", name, [f"reg={name}", "prune=std", *chosen, *lengths("standard", epochs)])
+    for name in RECIPES:
+        rounds = [f"rounds={ROUNDS[name]}"] if name in ROUNDS else []
+        yield Row("recipe", name, [f"recipe={name}", *rounds, *lengths(name, epochs)])
 
 
 TABLES = tuple(dict.fromkeys(row.table for row in rows()))
@@ -76,13 +87,16 @@ def main() -> None:
     parser.add_argument("--tables", default=",".join(TABLES), help="%(default)s")
     parser.add_argument("--rows", default="", help="some rows alone, such as taylor,random")
     parser.add_argument("--seeds", default="0,1,2", help="%(default)s")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of each row, a multiple of 8 (%(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="sweeps at a time, which share the machine")
     parser.add_argument("--out", type=Path, default=Path("outputs/tables"), help="%(default)s")
     asked, typed = parser.parse_known_args()
+    if asked.epochs < 8 or asked.epochs % 8:
+        parser.error(f"--epochs {asked.epochs}: a multiple of 8, so that recipes share it out")
     wanted = [
         (network, row)
         for network in asked.networks.split(",")
-        for row in rows()
+        for row in rows(asked.epochs)
         if row.table in asked.tables.split(",") and row.method in (asked.rows or row.method).split(",")
     ]
     out = asked.out.resolve()
