@@ -32,23 +32,22 @@ EPOCHS = 40  # of the standard recipe, and of every row: other recipes' stages a
 
 
 def lengths(recipe: str, epochs: int) -> list[str]:
-    """What makes a recipe so many epochs long: a quarter, a half and a quarter of them where it is the standard one."""
-    eighth = epochs // 8
-    own = {"pretrain": 2, "regularize": 4, "finetune": 2} | LENGTHS.get(recipe, {})
-    return [f"schedule.{stage}.epochs={eighth * count}" for stage, count in own.items()]
+    """What makes a recipe's stages take so many epochs together."""
+    return [f"schedule.{stage}.epochs={epochs // 8 * eighths}" for stage, eighths in LENGTHS[recipe].items()]
 
 
-# eighths of the epochs, of stages that the standard recipe does not have so; rounds are of the same length
-LENGTHS = {
-    "iterative": {"regularize": 2, "finetune": 1},
-    "gradual": {"regularize": 6},
+LENGTHS = {  # in eighths of all epochs; what is repeated takes so many each time
+    "standard": {"pretrain": 2, "regularize": 4, "finetune": 2},
+    "adapted": {"pretrain": 2, "regularize": 4, "finetune": 2},
+    "iterative": {"pretrain": 2, "regularize": 2, "finetune": 1},
+    "lottery": {"pretrain": 2},
+    "gradual": {"pretrain": 2, "regularize": 6},
     "at_init": {"pretrain": 8},
     "rigl": {"pretrain": 8},
     "set": {"pretrain": 8},
-    "magnitude": {"finetune": 6},
+    "magnitude": {"pretrain": 2, "finetune": 6},
 }
 ROUNDS = {"iterative": 2, "lottery": 3}
-RECIPES = ["standard", "adapted", "iterative", "lottery", "gradual", "at_init", "rigl", "set", "magnitude"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def rows(epochs: int = EPOCHS) -> Iterator[Row]:
         decays = ",".join(f"{own * factor:g}" for factor in FACTORS)
         chosen = [f"reg.decay={decays}"] if own else []
         yield Row("reg", name, [f"reg={name}", "prune=std", *chosen, *lengths("standard", epochs)])
-    for name in RECIPES:
+    for name in LENGTHS:
         rounds = [f"rounds={ROUNDS[name]}"] if name in ROUNDS else []
         yield Row("recipe", name, [f"recipe={name}", *rounds, *lengths(name, epochs)])
 
