@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparsity.capture import Way
-from sparsity.data import Splits, count_batches
+from sparsity.data import Files, Images, Splits, count_batches
 from sparsity.errors import ConfigError
 from sparsity.evaluation import evaluate, images_at_once
 from sparsity.kernels import Kernels, KernelStep
@@ -191,9 +191,8 @@ def train(
     averaging = _Averaging(loop, population, loop.epochs * num_batches)
     adapting = _Adapting(adaptation, step, loop.epochs * num_batches)
     memory = _Memory(step.masked(population), select and splits.validation is not None)
-    at_once = images_at_once(population, loop.batch_size, loop.image_bytes)
     if select:
-        row = _measure(0, step.masked(population), splits, time.perf_counter(), at_once, test=True)
+        row = _measure(0, step.masked(population), splits, loop, time.perf_counter(), test=True)
         memory.add(row, step.masked(population), watcher, may_select=masking.is_final)
     # a module that draws random numbers does so from the member's own state
     with torch.random.fork_rng(devices=cuda_devices(population)):
@@ -202,7 +201,7 @@ def train(
             start = time.perf_counter()
             sums = _run_epoch(epoch, population, loop, generators, step, masking, averaging, adapting, watcher)
             found = step.masked(averaging.after_epoch())
-            row = _measure(epoch, found, splits, start, at_once, test=select, sums=sums, lr=step.rate)
+            row = _measure(epoch, found, splits, loop, start, test=select, sums=sums, lr=step.rate)
             memory.add(row, found, watcher, may_select=masking.is_final)
             if memory.all_diverged:
                 break
@@ -390,8 +389,8 @@ def _measure(
     epoch: int,
     population: Population,
     splits: Splits,
+    loop: Loop,
     start: float,
-    at_once: int,
     *,
     test: bool,
     sums: Tensor | None = None,
@@ -399,11 +398,17 @@ def _measure(
 ) -> Epoch:
     """The row of one epoch; `seconds` counts its training and its evaluation."""
     loss, penalty, objective = (None, None, None) if sums is None else sums.tolist()
-    validation = None
-    if splits.validation is not None:
-        validation = evaluate(population, splits.validation, splits, at_once)
-    tested = evaluate(population, splits.test, splits, at_once) if test else None
+    validation = None if splits.validation is None else _accuracies(population, splits.validation, splits, loop)
+    tested = _accuracies(population, splits.test, splits, loop) if test else None
     return Epoch(epoch, loss, penalty, objective, validation, tested, lr, time.perf_counter() - start)
+
+
+def _accuracies(population: Population, data: Images | Files, splits: Splits, loop: Loop) -> list[float]:
+    """The accuracy of every member on a set, by kernels where there are some."""
+    found = None if loop.kernels is None else loop.kernels.accuracies(population, data, splits)
+    if found is not None:
+        return found
+    return evaluate(population, data, splits, images_at_once(population, loop.batch_size, loop.image_bytes))
 
 
 class _Memory:

@@ -16,6 +16,7 @@ from torch import nn
 from sparsity import regularizers
 from sparsity.data import Images, Splits
 from sparsity.errors import ConfigError
+from sparsity.evaluation import evaluate
 from sparsity.kernels import UnsupportedError, kernels_of, library
 from sparsity.kernels.chain import chain_of
 from sparsity.kernels.library import library_of
@@ -264,6 +265,58 @@ def test_the_threads_of_one_member_change_no_bit(monkeypatch):
     for other in found[1:]:
         for name, tensor in found[0].last.parameters.items():
             assert torch.equal(tensor, other.last.parameters[name]), name
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("density", [1.0, 0.1, 0.0])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_accuracies_are_torchs(name, density, kind):
+    """Of several members, whose masks differ, on sets that threads and pieces of images do not divide."""
+    population, splits = stack([network(name, seed) for seed in range(3)]), splits_of(network(name), name, num=143)
+    generator = torch.Generator().manual_seed(3)
+    masks = {
+        key: torch.rand(p.shape, generator=generator) < density
+        for key, p in population.parameters.items()
+        if population.layouts[key].kind == "weight" and density < 1
+    }
+    held = {key: p * masks[key] if key in masks else p for key, p in population.parameters.items()}
+    population = replace(population, parameters=held, masks=masks)
+    splits = splits_of(network(name), name, num=143, kind=kind, mean=[0.3], std=[0.2])
+    kernels = kernels_of(population, splits, ADAM([torch.zeros(1, requires_grad=True)]))
+    assert kernels.accuracies(population, splits.test, splits) == evaluate(population, splits.test, splits)
+
+
+def test_the_largest_output_is_torchs():
+    """The first of equals, and NaN before all."""
+    module = nn.Sequential(nn.Linear(3, 3, bias=False))
+    population = stack([module])
+    population.parameters["0.weight"] = torch.eye(3).unsqueeze(0)
+    rows = [
+        [1, 1, 0],
+        [0, 1, 1],
+        [torch.nan, 2, 1],
+        [1, torch.nan, 3],
+        [2, torch.nan, torch.nan],
+        [-1, -2, -1],
+        [0, 0, 0],
+    ]
+    images = torch.tensor(rows, dtype=torch.float32)
+    for label in range(3):
+        held = Images(images.nan_to_num(torch.inf), torch.full((len(rows),), label))
+        splits = Splits(held, held, held, 3)
+        kernels = kernels_of(population, splits, ADAM([torch.zeros(1, requires_grad=True)]))
+        assert kernels.accuracies(population, held, splits) == evaluate(population, held, splits), label
+
+
+def test_what_differs_where_it_is_measured_is_measured_by_torch():
+    class Moody(nn.Sequential):
+        def forward(self, images):
+            return super().forward(images) if self.training else super().forward(images).relu()
+
+    population, splits = stack([Moody(nn.Linear(5, 3))]), data((5,), 3)
+    kernels = kernels_of(population, splits, ADAM([torch.zeros(1, requires_grad=True)]))
+    assert kernels is not None
+    assert kernels.accuracies(population, splits.test, splits) is None
 
 
 def test_divergence_is_seen():

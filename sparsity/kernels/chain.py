@@ -37,14 +37,14 @@ class Chain:
         return f'#include "library.hpp"\n\nLIBRARY(\n    {layers})\n'
 
 
-def chain_of(module: nn.Module, image: Tensor) -> Chain:
-    """The chain of a module in training that is given images like one, [1, *shape]. Raises UnsupportedError."""
+def chain_of(module: nn.Module, image: Tensor, *, training: bool = True) -> Chain:
+    """The chain of a module that is given images like one, [1, *shape], in training or not. Raises UnsupportedError."""
     module = copy.deepcopy(module)  # in training it may change what it keeps
     if any(isinstance(part, nn.modules.dropout._DropoutNd) for part in module.modules()):
         raise UnsupportedError("it draws random numbers")
     try:
         with torch.random.fork_rng(devices=[]):
-            recorded = tape(module, image, training=True)
+            recorded = tape(module, image, training=training)
     except UnrecordableError as error:
         raise UnsupportedError(str(error)) from error
     except Exception as error:  # whatever a custom module may raise on images that it was not written for

@@ -114,8 +114,18 @@ class Linear {
       fill_rows(y + int64_t(v) * OUT * LANES, HAS_BIAS ? bias.parameter.row(0) : nullptr, OUT);
     if (weight.is_listed()) return forward_list(x, y, range);
     product<OUT, IN>(weight.row(0), IN, 1, x, y, range);
+  }
+
+  // What the update reads beside the inputs.
+  void keep(const float* x, Range range) {
+    if (weight.is_listed()) return;
     for (int v = range.begin; v < range.end; v++)
       turn_images(x + int64_t(v) * IN * LANES, &turned[int64_t(v) * LANES * WIDTH]);
+  }
+
+  // Whether anything depends on an input.
+  bool reads(int input) const {
+    return !weight.is_listed() || weight.input_starts[input] < weight.input_starts[input + 1];
   }
 
   void backward(const float*, const float*, const float* dy, float* dx, Range range, int) {
@@ -181,19 +191,38 @@ class Linear {
 
   void update_list(const float* x, const float* dy, int vectors, int64_t step, Share share, const Rule& rule,
                    const Slope& slope) {
+    if (vectors == 7) return update_list_of<7>(x, dy, vectors, step, share, rule, slope);  // batches of 100
+    if (vectors == 8) return update_list_of<8>(x, dy, vectors, step, share, rule, slope);  // and of 128
+    update_list_of<0>(x, dy, vectors, step, share, rule, slope);
+  }
+
+  template <int COUNT>
+  void update_list_of(const float* x, const float* dy, int vectors, int64_t step, Share share, const Rule& rule,
+                      const Slope& slope) {
     float* gradient = weight.gradient(share);
     const int last = weight.starts[weight.last_row(share)];
     for (int begin = weight.starts[weight.first_row(share)]; begin < last; begin += CHUNK) {
       const int end = std::min(last, begin + CHUNK);
-      for (int e = begin; e < end; e++) {
-        const float *one = dy + weight.outputs[e] * LANES, *other = x + weight.inputs[e] * LANES;
-        Vec sums[2] = {};
-        for (int v = 0; v < vectors; v++)
-          sums[v % 2] += load(one + int64_t(v) * OUT * LANES) * load(other + int64_t(v) * IN * LANES);
-        gradient[e - begin] = sum(sums[0] + sums[1]);
+      for (int e = begin; e < end; e += LANES) {
+        Vec found[LANES] = {};
+        for (int k = 0; k < std::min(LANES, end - e); k++) found[k] = gradients_of<COUNT>(x, dy, vectors, e + k);
+        store(gradient + e - begin, sums(found));
       }
       weight.move_list(step, rule, slope, begin, end, gradient);
     }
+  }
+
+  // Of an entry: Σ dy * x over COUNT vectors of images, or so many; by lanes, in two sums that do not wait for each
+  // other.
+  template <int COUNT>
+  Vec gradients_of(const float* x, const float* dy, int vectors, int e) const {
+    const float *one = dy + weight.outputs[e] * LANES, *other = x + weight.inputs[e] * LANES;
+    const int count = COUNT ? COUNT : vectors;
+    auto of = [&](int v) { return load(one + int64_t(v) * OUT * LANES) * load(other + int64_t(v) * IN * LANES); };
+    Vec even{}, odd{};
+    for (int v = 0; v + 1 < count; v += 2) even += of(v), odd += of(v + 1);
+    if (count % 2) even += of(count - 1);
+    return even + odd;
   }
 
   // [input][lane] to [image][input].
@@ -274,9 +303,17 @@ class Convolution {
         for (int o = 0; o < FILTERS; o++) forward_list(in, out, o);
       else
         in_pieces<FILTERS, TILE>([&](auto tile, int o) { forward_tile<tile>(in, out, o); });
-      if (GATHERS && !weight.is_listed()) put_channels_last(in, &images[int64_t(v) * LANES * INPUTS]);
     }
   }
+
+  // What the update reads beside the inputs.
+  void keep(const float* x, Range range) {
+    if (!GATHERS || weight.is_listed()) return;
+    for (int v = range.begin; v < range.end; v++)
+      put_channels_last(x + int64_t(v) * INPUTS * LANES, &images[int64_t(v) * LANES * INPUTS]);
+  }
+
+  bool reads(int) const { return true; }
 
   void backward(const float*, const float*, const float* dy, float* dx, Range range, int thread) {
     for (int v = range.begin; v < range.end; v++) {
@@ -620,6 +657,8 @@ class Plain {
   int64_t products() const { return 0; }  // multiplications for an image
   void resize(int) {}
   void begin(int) {}
+  void keep(const float*, Range) {}
+  bool reads(int) const { return true; }
   void update(const float*, const float*, int, int, int64_t, Share, const Rule&) {}
 };
 

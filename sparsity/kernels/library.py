@@ -36,6 +36,8 @@ class Library:
         self.functions.make.restype = ctypes.c_void_p
         self.functions.drop.argtypes = [ctypes.c_void_p]
         self.functions.run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self.functions.correct.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        self.functions.correct.restype = ctypes.c_int64
 
 
 def library_of(chain: Chain) -> Library | None:

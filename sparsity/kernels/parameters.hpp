@@ -230,7 +230,9 @@ class Parameter {
     for (int e = 0; e < size(); e++) by_input[next[inputs[e]]++] = e;
     for (auto* each : {&values, &first, &second}) each->resize(places.size());
     for (int e = 0; e < size(); e++) {
-      values[e] = tensor.value[places[e]], first[e] = tensor.first[places[e]];
+      values[e] = tensor.value[places[e]];
+      if (!tensor.first) continue;  // nothing is to be moved
+      first[e] = tensor.first[places[e]];
       if (rule.kind != SGD) second[e] = tensor.second[places[e]];
     }
   }

@@ -63,12 +63,22 @@ class Batch {
 
   int groups() const { return (images + GROUP - 1) / GROUP; }
 
-  void gather(float* x, int group) const {
+  // is_read: of each GROUP of units, whether any is; what is not stays as it was.
+  void gather(float* x, int group, const std::vector<char>& is_read) const {
     x += int64_t(group) * GROUP * UNITS;
     if (given.is_float)
-      gather<Vec, float, LANES>(x, group);
+      gather<Vec, float, LANES>(x, group, is_read);
     else
-      gather<Row, uint8_t, GROUP>(x, group);
+      gather<Row, uint8_t, GROUP>(x, group, is_read);
+  }
+
+  // Asks for the images of a group, which lie anywhere, before they are needed.
+  void fetch(int group) const {
+    const int size = UNITS * (given.is_float ? sizeof(float) : 1);
+    for (int place = group * GROUP; place < std::min((group + 1) * GROUP, images); place++) {
+      const char* image = static_cast<const char*>(given.images) + order[place] * size;
+      for (int byte = 0; byte < size; byte += 64) __builtin_prefetch(image + byte, 0, 2);
+    }
   }
 
   int64_t label(int64_t image) const { return given.labels[order[image]]; }
@@ -79,7 +89,7 @@ class Batch {
 
   // Tiles of N images by N units are turned. The last image stands for those that there are not.
   template <class V, class T, int N>
-  void gather(float* x, int group) const {
+  void gather(float* x, int group, const std::vector<char>& is_read) const {
     for (int first = 0; first < GROUP; first += N) {
       const T* from[N];
       for (int image = 0; image < N; image++) {
@@ -87,6 +97,7 @@ class Batch {
         from[image] = static_cast<const T*>(given.images) + order[place] * UNITS;
       }
       for (int unit = 0; unit < UNITS; unit += N) {
+        if (!is_read[unit / GROUP]) continue;
         const int count = std::min(N, UNITS - unit);
         V rows[N] = {};
         for (int image = 0; image < N; image++)
@@ -106,11 +117,8 @@ class Batch {
   static Vec pixels(V row, int lane) {
     if constexpr (std::is_same_v<V, Vec>)
       return row;
-    else {
-      Bytes own;
-      std::memcpy(&own, reinterpret_cast<const uint8_t*>(&row) + lane, sizeof own);
-      return __builtin_convertvector(own, Vec) * (1.f / 255);
-    }
+    else
+      return of_bytes(reinterpret_cast<const uint8_t*>(&row) + lane) * (1.f / 255);
   }
 
   Vec scaled(Vec pixels, int unit) const {
@@ -150,8 +158,35 @@ double cross_entropy(float* outputs, const Images& batch, int vector) {
   return loss;
 }
 
+// The images of a vector that belong to the class whose output is largest: the first of equals, NaN before all.
+template <int CLASSES, class Images>
+int count_correct(const float* outputs, const Images& batch, int vector) {
+  Vec largest = load(outputs);
+  Ints found{};
+  for (int c = 1; c < CLASSES; c++) {
+    const Vec next = load(outputs + c * LANES);
+    const Ints is_larger = (next > largest) | ((next != next) & (largest == largest));
+    largest = is_larger ? next : largest;
+    found = is_larger ? Ints{} + c : found;
+  }
+  int correct = 0;
+  for (int lane = 0; lane < std::min(LANES, batch.images - vector * LANES); lane++)
+    correct += found[lane] == batch.label(vector * LANES + lane);
+  return correct;
+}
+
+// Calls a function of each thread's share, this thread's among them.
+template <class Function>
+void in_threads(int threads, Function function) {
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; thread++) others.emplace_back([=] { function(Share{thread, threads}); });
+  function(Share{0, threads});
+  for (auto& each : others) each.join();
+}
+
 constexpr int64_t WORTH_A_THREAD =
-    500000;  // multiplications of a batch, forward: for less, threads wait for each other
+    500000;                       // multiplications of a batch, forward: for less, threads wait for each other
+constexpr int PIECE = 4 * GROUP;  // images that a thread measures at once
 
 template <class... Layers>
 class Network {
@@ -163,32 +198,62 @@ class Network {
 
  public:
   void run(const Arguments& given) {
-    begin(given, given.threads);
-    int64_t products = 0;
-    over_layers([&]<int I>() { products += std::get<I>(layers).products(); });
-    const int threads = std::clamp<int64_t>(products * given.sizes[0] / WORTH_A_THREAD, 1, given.threads);
+    begin(given, up_to(*std::max_element(given.sizes, given.sizes + given.steps), GROUP) / LANES);
+    const int threads = worth(given, given.sizes[0]);
     Meeting meeting(threads);
-    std::vector<std::thread> others;
-    for (int thread = 1; thread < threads; thread++)
-      others.emplace_back([&, thread] { work(given, {thread, threads}, meeting); });
-    work(given, {0, threads}, meeting);
-    for (auto& each : others) each.join();
+    in_threads(threads, [&](Share share) { work(given, share, meeting); });
     over_parameters([&](Parameter& parameter, int) { parameter.end(given.rule); });
   }
 
+  // How many images of the one batch given are put into their own classes; the tensors stay as they are.
+  int64_t correct(const Arguments& given) {
+    begin(given, given.threads * PIECE / LANES);
+    const int images = given.sizes[0], pieces = (images + PIECE - 1) / PIECE;
+    std::atomic<int64_t> found = 0;
+    in_threads(worth(given, images), [&](Share share) {
+      const Flushed flushed;
+      for (int piece = share.begin(pieces); piece < share.end(pieces); piece++) {
+        const int first = piece * PIECE;
+        found += correct(Batch<UNITS>(given, given.order + first, std::min(PIECE, images - first)), share.thread);
+      }
+    });
+    return found;
+  }
+
  private:
-  void begin(const Arguments& given, int threads) {
-    const int most = *std::max_element(given.sizes, given.sizes + given.steps);
-    const int vectors = up_to(most, GROUP) / LANES;
+  void begin(const Arguments& given, int vectors) {
     losses.assign(vectors, 0);
     over_parameters(
-        [&](Parameter& parameter, int index) { parameter.begin(given.tensors[index], given.rule, threads); });
+        [&](Parameter& parameter, int index) { parameter.begin(given.tensors[index], given.rule, given.threads); });
     over_layers([&]<int I>() {
-      std::get<I>(layers).resize(vectors), std::get<I>(layers).begin(threads);
+      std::get<I>(layers).resize(vectors), std::get<I>(layers).begin(given.threads);
       for (auto* each : {&values, &slopes})
         if (!At<I>::IN_PLACE) (*each)[I + 1].resize(int64_t(vectors) * LANES * At<I>::OUTPUTS);
     });
     values[0].resize(int64_t(vectors) * LANES * UNITS);
+    is_read.assign((UNITS + GROUP - 1) / GROUP, false);
+    for (int unit = 0; unit < UNITS; unit++) is_read[unit / GROUP] |= std::get<0>(layers).reads(unit);
+  }
+
+  // The number of threads that so many images at a time are worth.
+  int worth(const Arguments& given, int64_t images) {
+    int64_t products = 0;
+    over_layers([&]<int I>() { products += std::get<I>(layers).products(); });
+    return std::clamp<int64_t>(products * images / WORTH_A_THREAD, 1, given.threads);
+  }
+
+  // Of the images of a piece, in a thread's own part of the memory.
+  int correct(const Batch<UNITS>& batch, int thread) {
+    const int before = thread * PIECE, first = before / LANES;
+    const Range range{first, first + batch.groups() * GROUP / LANES};
+    for (int group = 0; group < batch.groups(); group++)
+      batch.gather(values[0].get() + int64_t(before) * UNITS, group, is_read);
+    for (int v = range.begin; v < range.end; v++) forward<0, CUT, false>({v, v + 1});
+    forward<CUT, COUNT, false>(range);
+    int found = 0;
+    for (int v = range.begin; v < range.end; v++)
+      found += count_correct<CLASSES>(output<COUNT - 1>() + int64_t(v) * CLASSES * LANES, batch, v - first);
+    return found;
   }
 
   void work(const Arguments& given, Share share, Meeting& meeting) {
@@ -200,6 +265,10 @@ class Network {
       rule.rate = given.rates[step], rule.decay = given.decays[step];
       const Batch<UNITS> batch(given, order, given.sizes[step]);
       differentiate(batch, share);
+      if (step + 1 < given.steps) {
+        const Batch<UNITS> next(given, order + given.sizes[step], given.sizes[step + 1]);
+        for (int group = share.begin(next.groups()); group < share.end(next.groups()); group++) next.fetch(group);
+      }
       meeting.wait();
       over_layers([&]<int I>() {
         const int vectors = batch.groups() * GROUP / LANES;
@@ -214,9 +283,9 @@ class Network {
   void differentiate(const Batch<UNITS>& batch, Share share) {
     const int first = share.begin(batch.groups()), last = share.end(batch.groups());
     const Range range{first * GROUP / LANES, last * GROUP / LANES};
-    for (int group = first; group < last; group++) batch.gather(values[0].get(), group);
-    for (int v = range.begin; v < range.end; v++) forward<0, CUT>({v, v + 1});
-    forward<CUT, COUNT>(range);
+    for (int group = first; group < last; group++) batch.gather(values[0].get(), group, is_read);
+    for (int v = range.begin; v < range.end; v++) forward<0, CUT, true>({v, v + 1});
+    forward<CUT, COUNT, true>(range);
     const int64_t size = int64_t(CLASSES) * LANES;
     for (int v = range.begin; v < range.end; v++) {
       float* outputs = slope<COUNT - 1>() + v * size;
@@ -227,11 +296,13 @@ class Network {
     for (int v = range.begin; v < range.end; v++) backward<CUT - 1, 0>({v, v + 1}, share.thread);
   }
 
-  template <int I, int END>
+  // KEEPS: what the way back reads.
+  template <int I, int END, bool KEEPS>
   void forward(Range range) {
     if constexpr (I < END) {
       std::get<I>(layers).forward(input<I>(), output<I>(), range);
-      forward<I + 1, END>(range);
+      if (KEEPS) std::get<I>(layers).keep(input<I>(), range);
+      forward<I + 1, END, KEEPS>(range);
     }
   }
 
@@ -308,6 +379,7 @@ class Network {
   All layers;
   Array<float> values[COUNT + 1], slopes[COUNT + 1];
   std::vector<double> losses;  // of vectors of images
+  std::vector<char> is_read;   // of each GROUP of units of images, whether anything depends on one
 };
 
 }  // namespace kernels

@@ -43,10 +43,39 @@ inline void store(float* to, Vec value) { std::memcpy(to, &value, sizeof value);
 
 inline Vec all(float value) { return Vec{} + value; }
 
+// The sum of halves, of their halves, and so on: in registers, which GCC leaves where single lanes are asked for.
+template <int HALF = LANES / 2, int... I>
+inline Vec folded(Vec value, std::integer_sequence<int, I...>) {
+  return value + __builtin_shufflevector(value, value, (I ^ HALF)...);
+}
+
+template <int HALF = LANES / 2>
 inline float sum(Vec value) {
-  for (int half = LANES / 2; half > 0; half /= 2)
-    for (int lane = 0; lane < half; lane++) value[lane] += value[lane + half];
-  return value[0];
+  const Vec found = folded<HALF>(value, std::make_integer_sequence<int, LANES>());
+  if constexpr (HALF > 1)
+    return sum<HALF / 2>(found);
+  else
+    return found[0];
+}
+
+// The same of two vectors, side by side.
+template <int HALF, int... I>
+inline Vec folded(Vec one, Vec other, std::integer_sequence<int, I...>) {
+  constexpr auto place = [](int lane) {
+    return lane / (2 * HALF) * 2 * HALF + lane % HALF + (lane & HALF ? LANES : 0);
+  };
+  return __builtin_shufflevector(one, other, place(I)...) + __builtin_shufflevector(one, other, (place(I) + HALF)...);
+}
+
+// The sums of LANES vectors, each by the same additions as `sum` has, for a third of its shuffles.
+template <int HALF = LANES / 2>
+inline Vec sums(Vec* rows) {
+  for (int row = 0; row < HALF; row++)
+    rows[row] = folded<HALF>(rows[row], rows[row + HALF], std::make_integer_sequence<int, LANES>());
+  if constexpr (HALF > 1)
+    return sums<HALF / 2>(rows);
+  else
+    return rows[0];
 }
 
 // The lanes that are not 0, NaN among them, as bits.
@@ -59,6 +88,19 @@ inline uint32_t other_than_zero(Vec value) {
   uint32_t found = 0;
   for (int lane = 0; lane < LANES; lane++) found |= uint32_t(value[lane] != 0) << lane;
   return found;
+#endif
+}
+
+// LANES bytes as floats. By the compiler's own conversions GCC takes each lane for itself.
+inline Vec of_bytes(const uint8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Bytes own;
+  std::memcpy(&own, from, sizeof own);
+  return __builtin_convertvector(__builtin_convertvector(own, Ints), Vec);
 #endif
 }
 
