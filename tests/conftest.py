@@ -41,6 +41,11 @@ torch.set_num_threads(1)  # the networks are tiny, and tests run beside each oth
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start: theirs would wait for each other
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`pytest --by-kernels`: training by kernels of every network that there are some for, however short it is."""
+    parser.addoption("--by-kernels", action="store_true", help="training by kernels wherever there are some")
+
+
 def pytest_collection_finish() -> None:
     """Leaves what is imported out of the collection of garbage: a twelfth of the time of the quick tests."""
     gc.freeze()
@@ -137,6 +142,14 @@ def context_of(graph: object = None, splits: object = None, seeds: tuple = (0,),
     from sparsity.stages import Context
 
     return Context(splits=splits, seeds=list(seeds), graph=graph or SimpleNamespace(units=None), **more)
+
+
+@pytest.fixture(autouse=True)
+def by_kernels(request, monkeypatch) -> None:
+    """What `--by-kernels` asks for: `step=auto` takes them wherever it can."""
+    if request.config.getoption("--by-kernels"):
+        monkeypatch.setattr("sparsity.stages.training.WORTH_BUILDING", 0)
+        monkeypatch.setattr("sparsity.stages.training.pays", lambda population: True)
 
 
 @pytest.fixture(autouse=True)
