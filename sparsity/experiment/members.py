@@ -63,7 +63,8 @@ def members_at_a_time(
 ) -> int:
     """How many members are trained as one: as many as memory takes, or one where stacking is no gain or impossible.
 
-    stacked: None asks a short measurement on a CPU, and stacks on a GPU.
+    stacked: None asks a short measurement on a CPU, and stacks on a GPU. Kernels take members side by side, one a core,
+    which needs no measurement.
     """
     members = population.num_members
     trained = [(stage, loop) for stage in stages if (loop := stage.loop(population, context)) is not None]
@@ -81,7 +82,7 @@ def members_at_a_time(
     if fitting < most:
         log.info(f"{members} members are trained {fitting} at a time: more do not fit")
     device = population.device
-    if stacked is None and device.type == "cpu":
+    if stacked is None and device.type == "cpu" and loop.kernels is None:
         some = list(range(fitting))
         if not _stacking_pays(population.take(some), stage.take(some), context.take(some), loop):
             return 1
@@ -141,7 +142,6 @@ def _stacking_pays(population: Population, stage: Planned, context: Context, loo
 WORTH_STACKING = 0.9  # of the time of one after another: less than noise may say
 ROUNDS = 5
 FEW_STEPS = 4
-QUICKER = 10  # times as many steps by kernels
 
 
 def _seconds(population: Population, stage: Planned, context: Context, loop: Loop) -> float:
@@ -149,8 +149,7 @@ def _seconds(population: Population, stage: Planned, context: Context, loop: Loo
     way = "recorded" if loop.way == "compiled" else loop.way  # compiling takes longer than it would tell
     loop = replace(loop, epochs=1 + ROUNDS, way=way)  # the first one records
     train_set = context.splits.train
-    count = FEW_STEPS * (QUICKER if loop.kernels is not None else 1)
-    few = train_set.take(torch.arange(min(len(train_set), count * loop.batch_size)))
+    few = train_set.take(torch.arange(min(len(train_set), FEW_STEPS * loop.batch_size)))
     generators = [torch.Generator().manual_seed(seed) for seed in context.seeds]
     splits = replace(context.splits, train=few, validation=None)
     nodes, units = stage.regularizers, context.graph.units
