@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import compact, epochs, finetune, gpu, machine, methods, populations, recipes, startup
+from benchmarks import agreement, compact, epochs, finetune, gpu, machine, methods, populations, recipes, startup
 from benchmarks.floor import Rates
 from benchmarks.report import Report
 from benchmarks.subjects import NETWORKS, Setting
 
 Part = Callable[[Setting, Report, Rates], None]
 PARTS: dict[str, Part] = {
+    "agreement": agreement.measure,
     "compact": compact.measure,
     "epochs": epochs.measure,
     "finetune": finetune.measure,

@@ -182,7 +182,7 @@ def test_every_part_runs(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     figures = json.loads(out.read_text())["figures"]
     assert {figure["part"] for figure in figures} == {
-        "machine", "epochs", "finetune", "methods", "populations", "recipes", "compact", "startup"
+        "machine", "agreement", "epochs", "finetune", "methods", "populations", "recipes", "compact", "startup"
     }  # fmt: skip
     steps = {figure["name"]: figure["value"] for figure in figures if figure["part"] == "startup"}
     assert steps["first training step"] > steps["import torch"] > 0

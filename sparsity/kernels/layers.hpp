@@ -351,8 +351,12 @@ class Convolution {
     }
     for (int begin = weight.starts[first]; begin < weight.starts[last]; begin += CHUNK) {
       const int end = std::min(weight.starts[last], begin + CHUNK);
-      for (int e = begin; e < end; e++)
-        gradients<1, 1>(x, dy, vectors, weight.outputs[e], places[e], gradient + e - begin);
+      for (int e = begin; e < end;) {
+        int count = 1;  // entries of one filter
+        while (count < AT_ONCE && e + count < end && weight.outputs[e + count] == weight.outputs[e]) count++;
+        of_entries<AT_ONCE>(count, x, dy, vectors, e, gradient + e - begin);
+        e += count;
+      }
       weight.move_list(step, rule, slope, begin, end, gradient);
     }
   }
@@ -436,16 +440,27 @@ class Convolution {
           });
   }
 
+  // Each row of inputs takes what all entries of one column of the kernel give it, before the next column does.
   void backward_list(const float* dy, float* dx) const {
-    for (int e = 0; e < weight.size(); e++) {
-      const float* from = dy + weight.outputs[e] * OH * OW * LANES;
-      const float each = weight.values[e];
-      for (int row = 0; row < OH; row++) {
-        float* to = dx + (places[e] + row * SH * WIDTH) * LANES;
-        for (int column = 0; column < OW; column++, from += LANES, to += SW * LANES)
-          store(to, load(to) + each * load(from));
-      }
-    }
+    for (int c = 0; c < CHANNELS; c++)
+      for (int kw = 0; kw < KW; kw++)
+        for (int y = 0; y < HEIGHT; y++)
+          in_pieces<OW, std::min(OW, SUMS)>([&](auto along, int column) {
+            constexpr int P = along;
+            float* to = dx + ((c * HEIGHT + y) * WIDTH + column * SW + kw * DW) * LANES;
+            Vec sums[P];
+            for (int p = 0; p < P; p++) sums[p] = load(to + p * SW * LANES);
+            for (int kh = 0; kh < KH; kh++) {
+              const int row = (y - kh * DH) / SH, tap = (c * KH + kh) * KW + kw;
+              if (y < kh * DH || row >= OH || row * SH != y - kh * DH) continue;
+              for (int q = weight.input_starts[tap]; q < weight.input_starts[tap + 1]; q++) {
+                const int e = weight.by_input[q];
+                const float* from = dy + ((weight.outputs[e] * OH + row) * OW + column) * LANES;
+                for (int p = 0; p < P; p++) sums[p] += weight.values[e] * load(from + p * LANES);
+              }
+            }
+            for (int p = 0; p < P; p++) store(to + p * SW * LANES, sums[p]);
+          });
   }
 
   // The gradients of a filter, some rows of its kernel at once.
@@ -461,6 +476,27 @@ class Convolution {
             std::copy(found + r * N, found + (r + 1) * N, gradient + (c * KH + kh + r) * KW + kw);
         });
       });
+  }
+
+  static constexpr int AT_ONCE = std::min(8, SUMS);
+
+  // The gradients of COUNT entries of one filter or, where they are fewer, of so many.
+  template <int COUNT>
+  void of_entries(int count, const float* x, const float* dy, int vectors, int e, float* to) const {
+    if constexpr (COUNT > 1)
+      if (count < COUNT) return of_entries<COUNT - 1>(count, x, dy, vectors, e, to);
+    Vec sums[COUNT] = {};
+    for (int v = 0; v < vectors; v++) {
+      const float* out = dy + (int64_t(v) * FILTERS + weight.outputs[e]) * OH * OW * LANES;
+      const float* in[COUNT];
+      for (int k = 0; k < COUNT; k++) in[k] = x + (int64_t(v) * INPUTS + places[e + k]) * LANES;
+      for (int row = 0; row < OH; row++)
+        for (int column = 0; column < OW; column++, out += LANES) {
+          const Vec each = load(out);
+          for (int k = 0; k < COUNT; k++) sums[k] += each * load(in[k] + (row * SH * WIDTH + column * SW) * LANES);
+        }
+    }
+    for (int k = 0; k < COUNT; k++) to[k] = sum(sums[k]);
   }
 
   // Σ dy[o] * x over positions and images, for rows of taps from a first input on.
