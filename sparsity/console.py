@@ -13,6 +13,7 @@ from rich.table import Column as GridColumn
 
 from sparsity import tables
 from sparsity.accounting import Report, Row
+from sparsity.capture import Way
 from sparsity.data import count_batches
 from sparsity.streams import shown
 from sparsity.tables import Column
@@ -42,19 +43,19 @@ def waiting(text: str) -> Iterator[None]:
 def watch(stage: str, loop: Loop, num_images: int) -> "StageProgress":
     """What shows a stage that trains by a loop on so many images."""
     num_batches = count_batches(num_images, loop.batch_size)
-    return StageProgress(stage, loop.epochs, num_batches, compiles=loop.way == "compiled")
+    return StageProgress(stage, loop.epochs, num_batches, way=loop.way)
 
 
 class StageProgress(Watcher):
     """A bar for one stage, or plain lines from time to time where the output is no terminal."""
 
-    def __init__(self, stage: str, num_epochs: int, num_batches: int, *, compiles: bool = False):
-        self.stage = stage
+    def __init__(self, stage: str, num_epochs: int, num_batches: int, *, way: Way = "eager"):
+        self.stage, self.way = stage, way
         self.num_epochs, self.num_batches = num_epochs, num_batches
         self.start = self.last_line = time.monotonic()
         self.batches = 0
         self.bar: Progress | None = None
-        waits_for = COMPILING if compiles else ""
+        waits_for = COMPILING if way == "compiled" else ""
         if sys.stderr.isatty() and num_epochs:
             console = Console(stderr=True, width=tables.width_of(sys.stderr))
             self.room = console.width - len(f"{stage:<10} ") - TIME_WIDTH
@@ -86,9 +87,9 @@ class StageProgress(Watcher):
 
     def epoch(self, row: Epoch) -> None:
         """Shows what an epoch came to."""
-        text = describe(row, self.num_epochs)
+        text = describe(row, self.num_epochs, way=self.way)
         if self.bar:
-            self._show(describe(row, self.num_epochs, self.room - SHORTEST_BAR - 1))
+            self._show(describe(row, self.num_epochs, self.room - SHORTEST_BAR - 1, way=self.way))
         is_last = row.epoch == self.num_epochs
         if row.epoch and (is_last or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES):
             self.last_line = time.monotonic()
@@ -105,14 +106,19 @@ class StageProgress(Watcher):
             self.bar.stop()
 
 
-def describe(row: Epoch, num_epochs: int, room: float = math.inf) -> str:
-    """One epoch in words; over several members, their means. What has no room is left out, the penalty first."""
+def describe(row: Epoch, num_epochs: int, room: float = math.inf, *, way: Way = "eager") -> str:
+    """One epoch in words; over several members, their means; of the last one, if steps were computed by kernels.
+
+    What has no room is left out: first this, then the penalty.
+    """
     parts = {"epoch": f"epoch {row.epoch}/{num_epochs}"}
     if row.loss is not None and row.penalty is not None:
         parts |= {"loss": f"loss {_mean(row.loss):.4f}", "penalty": f"penalty {_mean(row.penalty):.4g}"}
     if row.validation is not None:
         parts["validation"] = f"validation {_mean(row.validation):.2%}"
-    for name in ("penalty", "loss", "validation"):
+    if way == "kernels" and row.epoch == num_epochs:
+        parts["way"] = "by kernels"
+    for name in ("way", "penalty", "loss", "validation"):
         if len(" | ".join(parts.values())) > room:
             parts.pop(name, None)
     return " | ".join(parts.values())

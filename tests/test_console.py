@@ -257,12 +257,18 @@ def test_an_epoch_in_few_words():
     assert console.describe(EPOCH, 100, 5) == "epoch 12/100"
 
 
+def test_the_last_epoch_says_that_it_was_by_kernels():
+    assert console.describe(EPOCH, 12, way="kernels").endswith(" | by kernels")
+    assert "kernels" not in console.describe(EPOCH, 12) + console.describe(EPOCH, 100, way="kernels")
+    assert console.describe(EPOCH, 12, 60, way="kernels") == console.describe(EPOCH, 12, 60)
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 200])
 def test_a_bar_is_one_line(width, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", str(width))
-    progress = console.StageProgress("regularize", 100, 5, compiles=True)
+    progress = console.StageProgress("regularize", 100, 5, way="compiled")
     for _ in range(5):
         progress.batch()
     progress.epoch(EPOCH)
@@ -275,7 +281,7 @@ def test_a_bar_is_one_line(width, monkeypatch):
 
 def test_plain_lines_without_a_terminal(caplog):
     with caplog.at_level(logging.INFO, "sparsity"):
-        progress = console.StageProgress("regularize", 12, 5, compiles=True)
+        progress = console.StageProgress("regularize", 12, 5, way="compiled")
         progress.epoch(EPOCH)
         progress.close()
     assert caplog.messages[0] == "regularize compiling the training step"
