@@ -14,11 +14,13 @@ _PUBLIC = {
     "WeightsError": "sparsity.errors",
     "DivergedError": "sparsity.errors",
 }
-__all__ = list(_PUBLIC)
+__all__ = [*_PUBLIC, "csr"]
 
 
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first asked for: torch takes seconds, and `--help` needs none of it."""
+    if name == "csr":
+        return import_module("sparsity.csr")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'sparsity' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)

@@ -150,10 +150,17 @@ def test_help_and_composition_need_no_torch(argument):
     assert "hydra" in imported and "torch" not in imported
 
 
+def test_what_the_readme_loads_needs_no_other_import():
+    code = "import sparsity; print(sparsity.csr.load.__name__, sparsity.load.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "load load\n"
+
+
 def test_public_names():
     import sparsity
 
     for name in sparsity.__all__:
-        assert callable(getattr(sparsity, name))
+        found = getattr(sparsity, name)
+        assert callable(found) or callable(found.load), name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         sparsity.nothing  # noqa: B018
