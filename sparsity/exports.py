@@ -81,7 +81,8 @@ def torch_export(network: Network, test: Images | Files, folder: Path) -> Export
         torch.export.save(_without_traces(_traced(raw)), file, extra_files=extra)
         content = file.getvalue()
         module = torch.export.load(io.BytesIO(content)).module()
-        return _written(folder, "compact.pt2", content, _checked(raw, test, module))
+        written = _written(folder, "compact.pt2", content, _checked(raw, test, module))
+        return replace(written, latency=_latency(module, test))
 
 
 def csr(
@@ -115,7 +116,8 @@ def csr(
                 return torch.from_numpy(np.ascontiguousarray(held.outputs(images.numpy())))
             return matrices.mixed_outputs(program, held.program, raw.scaled(images))
 
-        return _written(folder, "compact_csr.npz", content, _checked(raw, test, run), notes)
+        written = _written(folder, "compact_csr.npz", content, _checked(raw, test, run), notes)
+        return replace(written, latency=_latency(run, test) if held.is_whole else {})
 
 
 # --- what all of them do ---------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_other_exports_round_too(name, kind, tmp_path):
 # --- as a run leaves them --------------------------------------------------------------------------------------------
 
 
-def test_the_card_of_a_run(run, tmp_path):
+def test_the_card_of_a_run(run, tmp_path, capsys):
     small = ("model=mlp", "model.factory.hidden=[30]", "plots=false")
     result = run("recipe=quantized", *small, "export=[csr]", "export.csr.function.batch_sizes=[]", "card=true")
     card, about = result["card"], result["stages_run"][-1]["quantized"]
@@ -215,6 +215,9 @@ def test_the_card_of_a_run(run, tmp_path):
     assert card["quantized"]["bytes"] == (tmp_path / "run0" / "compact.safetensors").stat().st_size
     assert card["quantized"]["difference"] > card["compact"]["difference"]
     assert "quantized" not in result["latency"]  # which onnxruntime measures, where it is asked for
+    assert result["latency"]["csr"].keys() == {"1", "256"} and min(result["latency"]["csr"].values()) > 0
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "compact_csr.npz" in line and "│" in line)
+    assert row.count(" ms") == 2
     shared = run("recipe=quantized", *small, "quantize=shared")
     assert "quantized" not in shared["card"]
     assert shared["card"]["compact"]["accuracy"] == shared["accuracy"]["final"]["test"]

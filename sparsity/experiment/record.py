@@ -406,7 +406,9 @@ class Record:
                 member.warn(f"export={name} is left out: {error}")
                 continue
             found[name] = {"files": made.files, "difference": made.difference, "accuracy": made.accuracy}
-            if compact.quantized is not None and made.latency:
+            if made.latency:
+                compact.latency[name] = made.latency
+            if compact.quantized is not None and name == "onnx":
                 compact.latency["quantized"] = made.latency
             for line in made.notes:
                 log.info(line, extra={"member": member.job.number})

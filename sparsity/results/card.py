@@ -23,15 +23,18 @@ SIZES = ("parameters", "nonzero", "bytes", "compressed", "macs")  # that are dra
 
 
 def show(card: Mapping[str, Any], latency: Mapping[str, Mapping[str, float]]) -> None:
-    """The card as a table on stdout: one row a network; what was not measured is empty."""
-    kinds = [kind for kind in KINDS if kind in card]
-    columns = [Column("network", kinds, is_text=True)]
+    """The card as a table on stdout: one row a network, or a form of it; what was not measured is empty."""
+    exports = card.get("exports") or {}
+    rows = {kind: card[kind] for kind in KINDS if kind in card}
+    rows |= {name: each | {"bytes": sum(each["files"].values())} for name, each in exports.items()}
+    labels = [", ".join(exports[name]["files"]) if name in exports else name for name in rows]
+    columns = [Column("network", labels, is_text=True)]
     for key, (name, form, rank) in FIGURES.items():
-        cells = ["" if (value := card[kind].get(key)) is None else form.format(value) for kind in kinds]
+        cells = ["" if (value := row.get(key)) is None else form.format(value) for row in rows.values()]
         if any(cells):
             columns.append(Column(name, cells, rank=rank, cut="end"))
     for size in _batches(latency):
-        found = [latency.get(kind, {}).get(size) for kind in kinds]
+        found = [latency.get(name, {}).get(size) for name in rows]
         cells = ["" if seconds is None else f"{1e3 * seconds:.3g} ms" for seconds in found]
         columns.append(Column(f"{size} image{'s' * (size != '1')}", cells, rank=2))
     stays = card.get("stays") or {}
@@ -49,6 +52,10 @@ def draw(path: Path, card: Mapping[str, Any], latency: Mapping[str, Mapping[str,
     rows |= {f"ms, batch of {size}": [_ms(latency, kind, size) for kind in kinds] for size in _batches(latency)}
     rows = {name: values for name, values in rows.items() if values[0]}
     wholes = {name: values[0] for name, values in rows.items()} | {"non-zeros": card["masked"]["parameters"]}
+    for export in card.get("exports") or {}:  # of the last of the networks, beside the masked one in PyTorch
+        for size in latency.get(export, {}):
+            rows[f"ms, {size}, {export}"] = [None] * (len(kinds) - 1) + [_ms(latency, export, size)]
+            wholes[f"ms, {size}, {export}"] = _ms(latency, "masked", size)
     with drawing():
         figure = Figure(figsize=(8, 1.2 + 0.55 * len(rows)), layout="constrained")
         axis = figure.subplots()
