@@ -54,7 +54,8 @@ COMPUTED = ("gradient", "squared_gradient", "curved_gradient", "curvature", "flo
 ImportanceFunction = Annotated[Call, Methods("sparsity.pruning.importance", positional=1, given=COMPUTED)]
 COUPLING = ("unit_of_rows", "num_units", "unit_of_columns", "is_head")  # what a unit across layers asks for
 UnitFunction = Annotated[Call, Methods("sparsity.pruning.unit", positional=1, given=("fixed", *COUPLING))]
-CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=("sensitivity", "signed", "mask"))]
+CUT_READS = ("sensitivity", "signed", "mask", "ordered", "ordered_each")
+CutFunction = Annotated[Call, Methods("sparsity.pruning.cut", positional=1, given=CUT_READS)]
 QuantizerFunction = Annotated[Call, Methods("sparsity.quantizing", positional=1, given=("codes", "bits"))]
 CodesFunction = Annotated[Call, Methods("sparsity.quantizing", positional=1, given=("bits",))]
 TEACHER = "teacher"  # what a loss asks for to get a trained network's outputs on the same images

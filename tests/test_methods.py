@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from sparsity import config, nodes, regularizers
 from sparsity.pruning import unit
+from sparsity.pruning.cut import in_order
 from sparsity.pruning.unit import scores_of_entries
 from sparsity.stages import regularizing
 from sparsity.tensors import from_view, layouts, to_view
@@ -210,12 +211,17 @@ def masks_of(chosen, views, sensitivity, **computed):
         units = scores_of_entries(unit.partial(**coupling(views))(scores))
     else:
         units = {name: scores_of_entries(unit.partial()(each)) for name, each in scores.items()}
+    ordered = {name: in_order(each) for name, each in units.items()}
     if chosen.scope == "network":
-        found = cut.partial(sensitivity=sensitivity)(units)
+        known = {"ordered": in_order(*units.values()), "ordered_each": ordered}
+        more = {key: each for key, each in known.items() if key in asked[cut.key]}
+        found = cut.partial(sensitivity=sensitivity, **more)(units)
         found = found if isinstance(found, dict) else dict.fromkeys(views, found)
     else:
-        signed = {name: {"signed": each.copysign(views[name])} for name, each in scores.items()}
-        more = signed if "signed" in asked[cut.key] else {name: {} for name in views}
+        known = {
+            name: {"signed": each.copysign(views[name]), "ordered": ordered[name]} for name, each in scores.items()
+        }
+        more = {name: {key: each[key] for key in each.keys() & asked[cut.key]} for name, each in known.items()}
         found = {name: cut.partial(sensitivity=sensitivity, **more[name])(each) for name, each in units.items()}
     return {name: each >= found[name] for name, each in units.items()}
 

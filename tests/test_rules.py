@@ -426,20 +426,34 @@ def views():
     return {"a": torch.rand(1, 20, 30, 1), "b": torch.rand(1, 5, 4, 9) * 3, "c": torch.rand(1, 3, 5, 1)}
 
 
+def ordered(given):
+    return {name: cut.in_order(each) for name, each in given.items()}
+
+
+@pytest.mark.parametrize(("chosen", "times"), [("global", 1), ("layer", 3), ("lamp", 3)])
+def test_a_budget_puts_scores_in_order_once(run, monkeypatch, chosen, times):
+    calls = []
+    monkeypatch.setattr("sparsity.stages.rules.in_order", lambda *each: calls.append(len(each)) or cut.in_order(*each))
+    few = ("model=lenet300", "recipe=magnitude", "plots=false", "compact=false", "prune.apply_to=[weight]")
+    run(*few, "prune=percentile", f"prune/cut={chosen}", "budget.compression=10")
+    assert len(calls) == 3 * times  # of two checks beforehand, and of the pruning
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 0.99, 1.0])
 def test_shares_are_of_what_they_say(share):
     given, number = views(), torch.tensor(share, dtype=torch.float64)
     for each in given.values():
-        left = int((each >= cut.share_of_layer(each, sensitivity=number)).sum())
+        least = cut.share_of_layer(each, sensitivity=number, ordered=cut.in_order(each))
+        left = int((each >= least).sum())
         assert left == each.numel() - round(share * each.numel())
-    least = cut.share_of_all(given, sensitivity=number)
+    least = cut.share_of_all(given, sensitivity=number, ordered=cut.in_order(*given.values()))
     total = sum(each.numel() for each in given.values())
     assert sum(int((each >= least).sum()) for each in given.values()) == total - round(share * total)
 
 
 def test_erdos_renyi_shares_are_those_of_the_paper():
     given = views()
-    found = cut.erdos_renyi(given, sensitivity=torch.tensor(0.7))
+    found = cut.erdos_renyi(given, sensitivity=torch.tensor(0.7), ordered_each=ordered(given))
     density = {name: float((each >= found[name]).float().mean()) for name, each in given.items()}
     odds = {"a": 50 / 600, "b": (5 + 4 + 3 + 3) / 180, "c": (3 + 5) / 15}
     assert density["c"] == 1.0  # capped; the rest is shared by the others
@@ -450,7 +464,7 @@ def test_erdos_renyi_shares_are_those_of_the_paper():
 
 def test_lamp_is_its_formula():
     given = views()
-    found = cut.lamp(given, sensitivity=torch.tensor(0.8))
+    found = cut.lamp(given, sensitivity=torch.tensor(0.8), ordered_each=ordered(given))
     adapted = {}
     for name, each in given.items():
         flat = each.flatten().double()
@@ -458,7 +472,7 @@ def test_lamp_is_its_formula():
     least = torch.cat([each.flatten() for each in adapted.values()]).sort().values[round(0.8 * 795)]
     for name, each in given.items():
         assert torch.equal(each >= found[name], adapted[name] >= least), name
-    nothing = cut.lamp(given, sensitivity=torch.tensor(1 - 3 / 795))
+    nothing = cut.lamp(given, sensitivity=torch.tensor(1 - 3 / 795), ordered_each=ordered(given))
     assert all(int((each >= nothing[name]).sum()) == 1 for name, each in given.items())  # no layer goes whole
 
 

@@ -1,7 +1,9 @@
 """Cuts: the scores of a parameter's units and one number, the sensitivity, to the threshold: what scores less goes.
 
 Scores are a tensor of the parameter's view, where every entry has its unit's. A cut over the network gets all of them
-by name, and gives one threshold, or one for each name. None branches on a value, so all map over members.
+by name, and gives one threshold, or one for each name. What asks for `ordered` gets the scores of all entries that it
+cuts in rising order, [n], and for `ordered_each` those of every parameter by name: they are sorted once, however many
+sensitivities are tried. None branches on a value, so all map over members.
 """
 
 import math
@@ -35,17 +37,17 @@ def std(scores: Tensor, *, sensitivity: AtLeastZero, signed: Tensor, mask: Tenso
     return sensitivity * (((signed - mean).square() * mask).sum() / count).sqrt()
 
 
-def share_of_layer(scores: Tensor, *, sensitivity: Share) -> Tensor:
+def share_of_layer(scores: Tensor, *, sensitivity: Share, ordered: Tensor) -> Tensor:
     """Removes the share `sensitivity` of each tensor, the smallest first; equal ones stay together."""
-    return _at(_sorted(scores), sensitivity)
+    return _at(ordered, sensitivity)
 
 
-def share_of_all(scores: Tensors, *, sensitivity: Share) -> Tensor:
+def share_of_all(scores: Tensors, *, sensitivity: Share, ordered: Tensor) -> Tensor:
     """Removes the share `sensitivity` of all tensors together, the smallest first; equal ones stay together."""
-    return _at(_sorted(*scores.values()), sensitivity)
+    return _at(ordered, sensitivity)
 
 
-def erdos_renyi(scores: Tensors, *, sensitivity: Share) -> Tensors:
+def erdos_renyi(scores: Tensors, *, sensitivity: Share, ordered_each: Tensors) -> Tensors:
     """Removes the share `sensitivity` of all, each tensor its own share; Evci et al., 2020 (the ERK form).
 
     What is left of a tensor is ε · (outputs + inputs + width + height) / (outputs · inputs · positions), and 1 at most,
@@ -66,27 +68,25 @@ def erdos_renyi(scores: Tensors, *, sensitivity: Share) -> Tensors:
         density = rest / torch.where(is_full, 0, sizes * odds).sum().clamp_min(1) * odds
         is_full = is_full | (density >= 1)
     density = torch.where(is_full, 1, density.clamp(0, 1))
-    return {name: _at(_sorted(each), 1 - density[index]) for index, (name, each) in enumerate(scores.items())}
+    return {name: _at(ordered_each[name], 1 - density[index]) for index, name in enumerate(scores)}
 
 
-def lamp(scores: Tensors, *, sensitivity: Share) -> Tensors:
+def lamp(scores: Tensors, *, sensitivity: Share, ordered_each: Tensors) -> Tensors:
     """Removes the share `sensitivity` of all, by score² / Σ of the squares of those of its tensor that are no smaller.
 
     Layer-adaptive magnitude pruning; Lee et al., 2021: the largest of each tensor has 1, so that no layer goes whole.
     """
-    ordered = {name: _sorted(each) for name, each in scores.items()}
     adapted = {}
-    for name, each in ordered.items():
+    for name, each in ordered_each.items():
         squares = torch.where(each.isfinite(), each, 0).double().square()
         above = squares.flip(0).cumsum(0).flip(0)
         adapted[name] = torch.where(each.isfinite(), squares / torch.where(above > 0, above, 1), each.double())
     least = _at(torch.cat(list(adapted.values())).sort().values, sensitivity)
-    return {name: torch.where(adapted[name] >= least, each, torch.inf).amin() for name, each in ordered.items()}
+    return {name: torch.where(adapted[name] >= least, each, torch.inf).amin() for name, each in ordered_each.items()}
 
 
-def at_least(scores: Tensor, share: float) -> Tensor:
-    """The largest threshold that leaves a share of a tensor."""
-    ordered = _sorted(scores)
+def at_least(ordered: Tensor, share: float) -> Tensor:
+    """The largest threshold that leaves a share of the scores, [n] in rising order."""
     return ordered[ordered.numel() - max(1, math.ceil(share * ordered.numel()))]
 
 
@@ -98,7 +98,7 @@ def rounded(scores: Tensor, threshold: Tensor, multiple: int) -> Tensor:
     return torch.where(count > 0, torch.minimum(threshold, filters.gather(0, (wanted - 1).reshape(1))[0]), threshold)
 
 
-def _sorted(*scores: Tensor) -> Tensor:
+def in_order(*scores: Tensor) -> Tensor:
     """All entries in rising order, [n]."""
     flat = torch.cat([each.flatten() for each in scores]).detach()
     bits = BITS[flat.dtype]

@@ -14,7 +14,7 @@ from sparsity.errors import ConfigError
 from sparsity.graph import Units
 from sparsity.nodes import Call
 from sparsity.population import Population, over_members
-from sparsity.pruning.cut import at_least, rounded
+from sparsity.pruning.cut import at_least, in_order, rounded
 from sparsity.pruning.unit import scores_of_entries
 from sparsity.tensors import Layout, Tensors, bias_of, from_view, to_view
 
@@ -90,6 +90,14 @@ class Scores:
     entries: Tensors
     units: Tensors  # each entry has that of its unit
     coupling: "Coupling | None" = None
+    sorted: dict[tuple[str, ...], Tensor] = field(default_factory=dict)  # the units', by whose they are
+
+    def in_order(self, *names: str) -> Tensor:
+        """What the units of some parameters score together, in rising order [members, n]; sorted once."""
+        if names not in self.sorted:
+            members = zip(*(self.units[name] for name in names))
+            self.sorted[names] = torch.stack([in_order(*member) for member in members])
+        return self.sorted[names]
 
 
 @dataclass(frozen=True)
@@ -294,38 +302,51 @@ def _thresholds(population: Population, rule: AppliedRule, scores: Scores) -> Te
     masks = population.masks if "mask" in asked else {}
 
     def one(
-        parameters: Tensors, entries: Tensors, units: Tensors, masks: Tensors, sensitivity: Tensor, numbers: Tensors
+        parameters: Tensors,
+        entries: Tensors,
+        units: Tensors,
+        masks: Tensors,
+        each_ordered: Tensors,
+        whole: Tensors,
+        sensitivity: Tensor,
+        numbers: Tensors,
     ) -> Tensors:
         more: dict[str, Tensors] = {name: {} for name in units}
         for name in more:
+            if "ordered" in asked and not rule.whole:
+                more[name]["ordered"] = each_ordered[name]
             if "signed" in asked:
                 more[name]["signed"] = entries[name].copysign(to_view(parameters[name], layouts[name]))
             if name in masks:
                 more[name]["mask"] = to_view(masks[name], layouts[name])
         if rule.whole:
-            found = rule.cut.function(units, sensitivity=sensitivity, **numbers)
+            own = {"ordered_each": each_ordered} if "ordered_each" in asked else whole
+            found = rule.cut.function(units, sensitivity=sensitivity, **own, **numbers)
             found = found if isinstance(found, dict) else dict.fromkeys(units, found)
         else:
             found = {
                 name: rule.cut.function(each, sensitivity=sensitivity, **more[name], **numbers)
                 for name, each in units.items()
             }
-        return {name: _bounded(rule, units[name], threshold) for name, threshold in found.items()}
+        return {name: _bounded(rule, units[name], each_ordered.get(name), each) for name, each in found.items()}
 
-    mapped = over_members(one, population.num_members, (0,) * 6)
+    mapped = over_members(one, population.num_members, (0,) * 8)
+    is_each = bool(rule.keep_at_least) or "ordered_each" in asked or ("ordered" in asked and not rule.whole)
     found: Tensors = {}
     for pool in rule.pools:
         parameters = {name: population.parameters[name] for name in pool.names}
         entries, units = ({name: each[name] for name in pool.names} for each in (scores.entries, scores.units))
         own = {name: masks[name] for name in pool.names if name in masks}
-        found |= mapped(parameters, entries, units, own, pool.sensitivity, rule.cut.numbers)
+        ordered = {name: scores.in_order(name) for name in pool.names} if is_each else {}
+        whole = {"ordered": scores.in_order(*pool.names)} if rule.whole and "ordered" in asked else {}
+        found |= mapped(parameters, entries, units, own, ordered, whole, pool.sensitivity, rule.cut.numbers)
     return found
 
 
-def _bounded(rule: AppliedRule, scores: Tensor, threshold: Tensor) -> Tensor:
+def _bounded(rule: AppliedRule, scores: Tensor, ordered: Tensor | None, threshold: Tensor) -> Tensor:
     """The threshold, lowered where it would leave less of a parameter than the rule lets, or no whole multiple."""
     if rule.keep_at_least:
-        threshold = torch.minimum(threshold, at_least(scores, rule.keep_at_least))
+        threshold = torch.minimum(threshold, at_least(ordered, rule.keep_at_least))
     return threshold if rule.round_to == 1 else rounded(scores, threshold, rule.round_to)
 
 
