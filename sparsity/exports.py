@@ -12,6 +12,7 @@ import logging
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,12 +26,12 @@ from torch import Tensor, nn
 from sparsity import csr as matrices
 from sparsity import files
 from sparsity.artifact import About, Network, Program, is_quantized, with_integers
-from sparsity.artifact.program import function_of
+from sparsity.artifact.program import function_of, leaves
 from sparsity.artifact.quantizing import DEQUANTIZED, ROUNDED
 from sparsity.data import Files, Images
 from sparsity.data.scaling import column, scaled
 from sparsity.errors import ExportError, reason
-from sparsity.graph.tape import Call
+from sparsity.graph.tape import Call, Ref
 from sparsity.kinds import PositiveCount, Range
 
 AT_ONCE = 100  # images
@@ -246,6 +247,10 @@ def _onnx(raw: Raw, opset: int) -> bytes:
         raw = copy.deepcopy(raw)
         raw.network = Network(with_integers(raw.program()), functions=partial(_in_onnx, opset=opset)).eval()
 
+    else:
+        raw = copy.deepcopy(raw)
+        raw.network = _spread(raw)
+
     for name in ("onnxscript", "onnx_ir"):
         logging.getLogger(name).setLevel(logging.ERROR)
     names = {"input_names": [INPUT], "output_names": [OUTPUT]}
@@ -257,6 +262,47 @@ def _onnx(raw: Raw, opset: int) -> bytes:
     content = model.SerializeToString(deterministic=True)
     checker.check_model(content, full_check=True)
     return content
+
+
+PRICE = 100  # products that a runtime computes in the time of selecting one number; onnxruntime about twice as many
+
+
+def _spread(raw: Raw) -> Network:
+    """The network whose linear layers take all inputs, with zeros for the dead ones, where selecting takes longer.
+
+    Of each image a selection of k inputs costs PRICE · k products, and saves m for each other input of a layer of m
+    outputs.
+    """
+    program, sizes = raw.program(), _sizes(raw)
+    uses = Counter(leaf for call in program.calls for leaf in (*leaves(call), program.output))
+    selections = {Ref(call.outs[0]): call for call in program.calls if call.name == "gather"}
+    calls, tensors = [], dict(program.tensors)
+    for call in program.calls:
+        selection = selections.get(call.args[0]) if call.name == "linear" else None
+        if (
+            selection is not None
+            and len(sizes[selection.args[0]]) == 2
+            and uses[call.args[0]] == uses[call.args[1]] == 1
+        ):
+            (inputs, _, index), name = selection.args, call.args[1].name
+            weight, kept, width = tensors[name], program.tensors[index.name], sizes[inputs][1]
+            if (width - len(kept)) * len(weight) < PRICE * len(kept):
+                tensors[name] = weight.new_zeros(len(weight), width).index_copy(1, kept, weight)
+                call = replace(call, args=(inputs, *call.args[1:]))
+        calls.append(call)
+    found = Network(Program(calls, tensors, program.output).pruned()).eval()
+    found.about = raw.network.about
+    return found
+
+
+def _sizes(raw: Raw) -> dict[Ref, torch.Size]:
+    """The shape of what each selection of a network is of."""
+    network, images = Network(raw.program()).eval(), raw.scaled(raw.example())
+    network.watched = {call.args[0].number: None for call in network.program.calls if call.name == "gather"}
+    with torch.no_grad():
+        network(images)
+    network.watched[0] = images
+    return {Ref(number): tensor.shape for number, tensor in network.watched.items()}
 
 
 def _in_onnx(call: Call, opset: int) -> Callable[..., Any]:

@@ -190,6 +190,25 @@ def test_torchvision_networks_at_half_their_macs(name, tmp_path):
         path.unlink()
 
 
+@pytest.mark.parametrize(("outputs", "selects"), [(5, False), (2000, True)])
+@pytest.mark.parametrize("flattens", [True, False])
+def test_onnx_selects_inputs_where_that_saves_work(outputs, selects, flattens):
+    torch.manual_seed(0)
+    shape = (1, 4, 5) if flattens else (20,)
+    module = nn.Sequential(
+        *([nn.Flatten()] if flattens else []), nn.Linear(20, outputs), nn.ReLU(), nn.Linear(outputs, 3)
+    )
+    with torch.no_grad():
+        module[-3].weight[:, [0, 3, 4, 11, *range(14, 20)]] = 0
+    network = compact(module, About(shape, CLASSES[:3]))
+    raw = exports.Raw(network, test_set(shape))
+    found = exports._spread(raw)
+    assert [call.name for call in network.program.calls].count("gather") == 1
+    assert ("gather" in [call.name for call in found.program.calls]) == selects
+    images = torch.rand(6, *shape)
+    torch.testing.assert_close(found(images), network(images))
+
+
 def test_onnx_takes_images_as_they_are_in_any_number(tmp_path):
     network = network_of("lenet5")
     exported("onnx", network, test_set((1, 28, 28)), tmp_path)
