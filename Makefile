@@ -1,9 +1,9 @@
-# make run [ARGS="model=lenet5 reg=group_hs"], make test, make fuzz, make sanitize, make bench: each installs what it needs into .venv first.
+# make run [ARGS="model=lenet5 reg=group_hs"], make test, make fuzz, make sanitize, make mutations, make bench: each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV := .venv
 ARGS ?=
 
-.PHONY: run test fuzz sanitize bench clean
+.PHONY: run test fuzz sanitize mutations bench clean
 
 run: $(VENV)/.installed
 	$(VENV)/bin/python main.py $(if $(filter data=%,$(ARGS)),,data=digits) $(ARGS)
@@ -20,6 +20,10 @@ sanitize: $(VENV)/.installed-test
 	UBSAN_OPTIONS=halt_on_error=1 SPARSITY_KERNELS=$(VENV)/kernels \
 	SPARSITY_KERNELS_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g" \
 	$(VENV)/bin/python -m pytest -n 0 tests/test_kernels.py
+
+# Small changes of the kernels' lines, each of which should fail a test.
+mutations: $(VENV)/.installed-test
+	$(VENV)/bin/python -m benchmarks.mutations
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/python -m benchmarks

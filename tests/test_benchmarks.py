@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import random
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ import torch
 from conftest import ROOT
 
 from benchmarks import __main__ as command
-from benchmarks import epochs, finetune, plain, startup, subjects, turns
+from benchmarks import epochs, finetune, mutations, plain, startup, subjects, turns
 from benchmarks.floor import Rates, layer_sizes, step_flops, work
 from benchmarks.report import Figure, Report, Target
 
@@ -204,3 +205,23 @@ def test_what_only_a_gpu_shows_runs_where_there_is_none(tmp_path):
     same = [figure for name, figure in figures.items() if name.endswith("entries that differ")]
     assert len(same) == 3 and all(figure["reached"] for figure in same)
     assert all(figure["reached"] for name, figure in figures.items() if "and alone" in name)
+
+
+def test_mutations_change_one_thing_in_one_line():
+    drawn = list(mutations.candidates(random.Random(3)))
+    assert [each.after for each in drawn] == [each.after for each in mutations.candidates(random.Random(3))]
+    for each in drawn:
+        lines = (ROOT / mutations.KERNELS / each.file).read_text().splitlines()
+        assert lines[each.line - 1] == each.before != each.after and "\n" not in each.after
+        assert each.before.partition("//")[2] == each.after.partition("//")[2]
+    assert {each.kind for each in drawn} == {"operator", "number", "truth", "ternary", "statement"}
+
+
+@pytest.mark.parametrize(("line", "after"), [
+    ("  x = a + 1;  // + 2", ["  x = a - 1;  // + 2", "  x = a + 2;  // + 2", "  ;  // + 2"]),
+    ("#if LANES < 3", []),
+    ("  return y > 0 ? one : true;", ["  return y >= 0 ? one : true;", "  return y > 1 ? one : true;",
+                                      "  return y > 0 ? one : false;", "  return y > 0 ? true : one;"]),
+])  # fmt: skip
+def test_the_changes_of_a_line(line, after):
+    assert [found for _, found in mutations.changes(line)] == after
