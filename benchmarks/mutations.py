@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 KERNELS = Path("sparsity") / "kernels"
-LEFT_OUT = ("outputs", ".git", ".venv", "__pycache__", "data", "docs", "*.egg-info")
+PARTS = ("sparsity", "conf", "tests", "benchmarks", "main.py", "pyproject.toml", "setup.cfg", "README.md")
 SECONDS = 1200  # that a change's tests are given: what hangs is caught
 FLAGS = "-O1"  # compiled in half of the time, for the same results
 PLAIN = r"(?<=\s){}(?=\s)"  # an operator between spaces, as no template's brackets are
@@ -67,6 +67,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="changes that are tested at a time")
     parser.add_argument("--out", type=Path, default=Path("outputs/mutations.csv"), help="%(default)s")
     asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        unchanged = tested(copied(Path(name)))
+    if unchanged != SURVIVED:
+        sys.exit(f"without a change the tests fail: {unchanged}")
     known = read(asked.out)
     drawn = candidates(random.Random(asked.seed))
     tried = [mutation for mutation, _ in zip(drawn, range(3 * asked.count))]
@@ -132,8 +136,7 @@ def changes(line: str) -> Iterator[tuple[str, str]]:
 def outcome(mutation: Mutation) -> Outcome:
     """What the tests make of a change, in a copy of the project."""
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "project"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        folder = copied(Path(name))
         path = folder / KERNELS / mutation.file
         lines = path.read_text(encoding="utf-8").splitlines()
         assert lines[mutation.line - 1] == mutation.before, mutation
@@ -142,6 +145,16 @@ def outcome(mutation: Mutation) -> Outcome:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         is_none = preprocessed(folder) == before or not compiles(folder)
         return Outcome(*astuple(mutation), NONE if is_none else tested(folder))
+
+
+def copied(folder: Path) -> Path:
+    """A folder with all that tests need."""
+    for name in PARTS:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
 
 
 def preprocessed(folder: Path) -> str:
