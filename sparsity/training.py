@@ -398,17 +398,21 @@ def _measure(
 ) -> Epoch:
     """The row of one epoch; `seconds` counts its training and its evaluation."""
     loss, penalty, objective = (None, None, None) if sums is None else sums.tolist()
-    validation = None if splits.validation is None else _accuracies(population, splits.validation, splits, loop)
-    tested = _accuracies(population, splits.test, splits, loop) if test else None
+    at_once, held_out = images_at_once(population, loop.batch_size, loop.image_bytes), splits.validation
+    validation = None if held_out is None else measured(population, held_out, splits, at_once, loop.kernels)
+    tested = measured(population, splits.test, splits, at_once, loop.kernels) if test else None
     return Epoch(epoch, loss, penalty, objective, validation, tested, lr, time.perf_counter() - start)
 
 
-def _accuracies(population: Population, data: Images | Files, splits: Splits, loop: Loop) -> list[float]:
-    """The accuracy of every member on a set, by kernels where there are some."""
-    found = None if loop.kernels is None else loop.kernels.accuracies(population, data, splits)
-    if found is not None:
-        return found
-    return evaluate(population, data, splits, images_at_once(population, loop.batch_size, loop.image_bytes))
+def measured(
+    population: Population, data: Images | Files, splits: Splits, at_once: int, kernels: Kernels | None
+) -> list[float]:
+    """The accuracy of every member on a set, in [0, 1], by kernels where there are some.
+
+    at_once: the number of images in a forward pass without them.
+    """
+    found = None if kernels is None else kernels.accuracies(population, data, splits)
+    return evaluate(population, data, splits, at_once) if found is None else found
 
 
 class _Memory:

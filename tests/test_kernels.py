@@ -426,6 +426,8 @@ def test_a_run_by_kernels_is_the_run(run, tmp_path):
     small = ("model=mlp", "model.factory.hidden=[30]", "plots=false", "reg=group_hs", "precision=float32")
     eager, kernels = (run(*small, f"step={way}") for way in ("eager", "kernels"))
     assert {each["step"] for each in kernels["computed_with"].values()} == {"kernels", None}
+    final = next(each["accuracy"] for each in kernels["stages_run"][::-1] if each["name"] == "finetune")
+    assert final["test"] == kernels["accuracy"]["selected"]["test"]  # of the stage's end, and of its epoch
     for one, other in zip(eager["stages_run"], kernels["stages_run"]):
         assert one["accuracy"]["validation"] == pytest.approx(other["accuracy"]["validation"], abs=0.01)
         assert one["nonzero"]["weights"] == pytest.approx(other["nonzero"]["weights"], rel=0.01)

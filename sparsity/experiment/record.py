@@ -1,6 +1,7 @@
 """What the stages of one population came to, member by member, and the files that say so."""
 
 import contextlib
+import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from sparsity import artifact, console, results
 from sparsity.accounting import Report, account
 from sparsity.config import START, Run
 from sparsity.errors import DivergedError, ExportError, SparsityError, StageError, reason
-from sparsity.evaluation import evaluate, images_at_once
+from sparsity.evaluation import images_at_once
 from sparsity.experiment.closing import causes, closing_lines
 from sparsity.experiment.compacting import MOST_AT_ONCE, Compact, compact_member, figures_of, ranges_of
 from sparsity.experiment.folder import check_writable, finished, held, writing
@@ -28,6 +29,7 @@ from sparsity.experiment.stored import check, circumstances, epoch_of, notes_of,
 from sparsity.experiment.views import accuracies, selection
 from sparsity.files import file_digest
 from sparsity.front import OF_COMPACT
+from sparsity.kernels import Kernels
 from sparsity.population import Population, join
 from sparsity.results import card, plots
 from sparsity.results.lines import Course
@@ -37,7 +39,7 @@ from sparsity.stages.rules import owner_of
 from sparsity.store import Kept, Store
 from sparsity.tables import say_parts
 from sparsity.tracking import About, Following
-from sparsity.training import Epoch, Watcher
+from sparsity.training import Epoch, Watcher, measured
 from sparsity.weights import NETWORK, write_state
 
 log = logging.getLogger("sparsity")
@@ -79,9 +81,9 @@ class Record:
             check_writable(job.folder)
         if self.run.model.weights is not None:
             is_same = self.run.model.head is None  # the weights of all members
-            measured = self._measure(population.member(0) if is_same else population)
+            found = self._measure(population.member(0) if is_same else population)
             for index, member in enumerate(self.members):
-                member.given = measured[0 if is_same else index]
+                member.given = found[0 if is_same else index]
         if START in self.named:
             for member in self.members:
                 member.states[START] = member.population
@@ -252,11 +254,20 @@ class Record:
 
     def _measure(self, population: Population) -> list[dict[str, float | None]]:
         """Validation and test accuracy of every member as it is now."""
-        held_out = self.splits.validation
         at_once = images_at_once(population, self.run.schedule.batch_size, self.context.image_bytes)
-        validation = None if held_out is None else evaluate(population, held_out, self.splits, at_once)
-        test = evaluate(population, self.splits.test, self.splits, at_once)
-        return [{"validation": validation and validation[index], "test": value} for index, value in enumerate(test)]
+        sets = {"validation": self.splits.validation, "test": self.splits.test}
+        found = {
+            name: measured(population, data, self.splits, at_once, self.kernels)
+            for name, data in sets.items()
+            if data is not None
+        }
+        return [dict.fromkeys(sets) | dict(zip(found, values)) for values in zip(*found.values())]
+
+    @functools.cached_property
+    def kernels(self) -> Kernels | None:
+        """Those of the network, where a stage trains by them."""
+        loops = (stage.loop(self.population, self.context) for stage in self.stages)
+        return next((loop.kernels for loop in loops if loop is not None and loop.kernels is not None), None)
 
     def _take(self, stage: Planned, member: Member, kept: Kept) -> None:
         """Brings one member to where a finished stage leaves it."""
