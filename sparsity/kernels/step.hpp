@@ -1,7 +1,11 @@
 // Training steps of a network: batches, forward, loss, backward and update, many steps at one call.
 #pragma once
 
+#include <time.h>
+
 #include <atomic>
+#include <chrono>
+#include <numeric>
 #include <thread>
 #include <tuple>
 
@@ -53,6 +57,31 @@ class Meeting {
  private:
   const int threads;
   std::atomic<int> arrived = 0, turn = 0;
+};
+
+// Seconds that this thread has computed.
+inline double computed() {
+  timespec time;
+  clock_gettime(CLOCK_THREAD_CPUTIME_ID, &time);
+  return time.tv_sec + 1e-9 * time.tv_nsec;
+}
+
+// Remembers how many cores there were for the threads of a call. Where other work takes them, threads wait for each
+// other longest: the next calls take as many as it leaves, which changes no bit, and then all are tried again.
+class Cores {
+ public:
+  int of(int threads) { return calls > 0 ? calls--, std::min(threads, left) : threads; }
+
+  // computed: by all threads together; passed: of the clock; both in seconds.
+  void note(int threads, double computed, double passed) {
+    if (threads == 1 || passed < LONG || computed > ENOUGH * threads * passed) return;
+    left = std::max(1, int(computed / passed + 0.5)), calls = CALLS;
+  }
+
+ private:
+  static constexpr double LONG = 0.005, ENOUGH = 0.75;
+  static constexpr int CALLS = 20;
+  int left = 1, calls = 0;
 };
 
 // The images of a batch, scaled, as [vector of images][unit][lane].
@@ -199,9 +228,17 @@ class Network {
  public:
   void run(const Arguments& given) {
     begin(given, up_to(*std::max_element(given.sizes, given.sizes + given.steps), GROUP) / LANES);
-    const int threads = worth(given, given.sizes[0]);
+    const int threads = cores.of(worth(given, given.sizes[0]));
     Meeting meeting(threads);
-    in_threads(threads, [&](Share share) { work(given, share, meeting); });
+    std::vector<double> seconds(threads);
+    const auto start = std::chrono::steady_clock::now();
+    in_threads(threads, [&](Share share) {
+      const double before = computed();
+      work(given, share, meeting);
+      seconds[share.thread] = computed() - before;
+    });
+    const std::chrono::duration<double> passed = std::chrono::steady_clock::now() - start;
+    cores.note(threads, std::accumulate(seconds.begin(), seconds.end(), 0.0), passed.count());
     over_parameters([&](Parameter& parameter, int) { parameter.end(given.rule); });
   }
 
@@ -377,6 +414,7 @@ class Network {
   }  // of the outputs
 
   All layers;
+  Cores cores;
   Array<float> values[COUNT + 1], slopes[COUNT + 1];
   std::vector<double> losses;  // of vectors of images
   std::vector<char> is_read;   // of each GROUP of units of images, whether anything depends on one
