@@ -36,7 +36,8 @@ def apart(network: str, one: list[float], other: list[float], *, is_judged: bool
     difference = abs(mean(one) - mean(other))
     name = f"{network} {REG}: the difference of their means"
     target = Target(MOST_APART) if is_judged else None
-    return Figure(PART, name, difference / error if difference else 0.0, "standard errors", target=target)
+    apart = difference / max(error, 1e-9)  # seeds that all agree
+    return Figure(PART, name, apart, "standard errors", target=target)
 
 
 def accuracies(setting: Setting, network: str, way: Way, seeds: int) -> list[float]:
